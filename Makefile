@@ -1,0 +1,37 @@
+# `make demo` and `make test` do everything from a fresh clone. `make demo FAST=1` proves the path in a few minutes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := modeling_chex processing_chex training evaluation space_app tests benchmarks
+export HF_HUB_DISABLE_TELEMETRY := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint format clean
+
+# Installed again only when the requirements have changed.
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# One real radiograph for the tests; without its dependencies, none of which are needed.
+$(VENV)/.test-data: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt pydicom-data
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/chex demo $(if $(FAST),--fast)
+
+test: $(VENV)/.test-data
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean:
+	rm -rf runs .pytest_cache .ruff_cache build *.egg-info
