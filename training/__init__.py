@@ -1,0 +1,1 @@
+"""Training of ChEX: data sets, objectives, the training loop and one script per stage."""
