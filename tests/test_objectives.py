@@ -1,0 +1,916 @@
+"""The training objectives: recordings of the official implementation, the paper's edge cases, and invariances."""
+
+import math
+import threading
+
+import pytest
+import torch
+from transformers import GPT2Tokenizer
+
+from tests.conftest import GOLDEN_DIR
+from training.objectives import (
+    STAGE1_WEIGHTS,
+    STAGE2_WEIGHTS,
+    STAGE3_WEIGHTS,
+    AnatomyOptions,
+    Collectives,
+    DetectionOptions,
+    ObjectiveWeights,
+    SentenceOptions,
+    anatomy_classification_loss,
+    anatomy_detection_loss,
+    anatomy_objective,
+    choose_for_generation,
+    choose_synonyms,
+    focal_loss,
+    giou_cost,
+    global_contrastive_loss,
+    l1_cost,
+    pathology_classification_loss,
+    pathology_detection_loss,
+    pathology_objective,
+    random_subset,
+    sentence_contrastive_loss,
+    sentence_mse_loss,
+    sentence_objective,
+    subsample_classes,
+    subsample_classes_by_frequency,
+    weighted_sum,
+)
+
+
+TOLERANCE = 1e-5
+ANATOMY_WEIGHTS = ObjectiveWeights(
+    anatomy_detection=0.1, anatomy_classification=0.01, anatomy_mse=0.04, anatomy_generation=1.0
+)
+ANATOMY_CASES = ("token_det_cls", "token_det_single", "token_cls_mse_gen", "bbox_cls_mse_gen")
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE):
+    torch.testing.assert_close(actual.detach(), expected, rtol=tolerance, atol=tolerance)
+
+
+def wave(shape: tuple[int, ...], phase: float) -> torch.Tensor:
+    index = torch.arange(math.prod(shape), dtype=torch.float64)
+    return torch.sin(0.1 * index**1.1 + phase).float().view(shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recordings: single losses
+
+
+@pytest.mark.parametrize(("name", "temperature"), [("0.2", 0.2), ("1", 1.0)])
+def test_recorded_global_contrastive(golden, name, temperature):
+    loss = global_contrastive_loss(golden["loss/z1"], golden["loss/z2"], temperature)
+    assert_close(loss, golden[f"loss/global_contrastive_t{name}"])
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize(("s2r", "r2s"), [(0.0, 1.0), (1.0, 0.0), (0.3, 0.7)])
+def test_recorded_sentence_contrastive(golden, cross, s2r, r2s):
+    loss = sentence_contrastive_loss(
+        golden["loss/z_sent"], golden["loss/z_reg"], golden["loss/sent_mask"], 0.25, r2s, s2r, cross
+    )
+    assert_close(loss, golden[f"loss/sentence_contrastive_cross{cross:d}_s2r{s2r}_r2s{r2s}"])
+
+
+def test_recorded_sentence_mse(golden):
+    loss = sentence_mse_loss(golden["loss/z_sent"], golden["loss/z_reg"], golden["loss/sent_mask"])
+    assert_close(loss, golden["loss/sentence_mse"])
+
+
+@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize("ignore", [False, True])
+def test_recorded_pathology_classification(golden, other, ignore):
+    inputs = [golden[f"loss/patho/{name}"] for name in ("features", "pos", "neg", "targets")]
+    expected = golden[f"loss/patho/other{other:d}_ignore{ignore:d}"]
+    assert_close(pathology_classification_loss(*inputs, 0.2, other, ignore), expected)
+    assert_close(pathology_classification_loss(*inputs[:3], inputs[3].bool(), 0.2, other, ignore), expected)
+
+
+@pytest.mark.parametrize("contrast", ["posneg", "posneg_sub10", "only_pos", "all"])
+def test_recorded_anatomy_classification(golden, contrast):
+    observed = golden["loss/anat/has_targets"]
+    # With fewer classes than are drawn, all those observed are used.
+    subset = subsample_classes_by_frequency(torch.ones(4), observed.any(0).any(0), 10) if "sub" in contrast else None
+    loss = anatomy_classification_loss(
+        golden["loss/anat/features"],
+        golden["loss/patho/pos"],
+        golden["loss/patho/neg"],
+        golden["loss/anat/targets"],
+        observed,
+        0.25,
+        contrast.removesuffix("_sub10"),
+        subset,
+        golden["loss/anat/region_pos"],
+        golden["loss/anat/region_neg"],
+    )
+    assert_close(loss, golden[f"loss/anat/{contrast}"])
+
+
+def test_recorded_focal_loss(golden):
+    probabilities, targets = golden["focal/probs"], golden["focal/targets"]
+    assert_close(focal_loss(probabilities, targets), golden["focal/auto_weight"])
+    assert_close(focal_loss(probabilities, targets, 0.25), golden["focal/alpha025"])
+    assert_close(focal_loss(4 * probabilities - 2, targets, 0.25, from_logits=True), golden["focal/logits_alpha025"])
+
+
+def test_published_examples():
+    """Values worked out from the official modules on sine waves."""
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
+    sentences = wave((2, 3, 16), 6) * mask[..., None]
+    regions = wave((2, 3, 16), 7)
+    positive, negative = wave((4, 16), 10), wave((4, 16), 11)
+    expected = {
+        1.792724: sentence_contrastive_loss(sentences, regions, mask),
+        7.158938: sentence_mse_loss(sentences, regions, mask),
+        3.918462: global_contrastive_loss(wave((4, 16), 8), wave((4, 16), 9)),
+    }
+    pathology = pathology_classification_loss(
+        wave((2, 4, 16), 12), positive, negative, torch.tensor([[1, 0, 0, 1], [0, 1, 0, 0]])
+    )
+    expected |= {27.95081: pathology.sum(), 8.318877: pathology[0, 0], 1.308853: pathology[0, 1]}
+    observed = torch.ones(2, 5, 4, dtype=torch.bool)
+    observed[0, 1] = False
+    labels = torch.arange(40).view(2, 5, 4) % 3 == 0
+    anatomy = anatomy_classification_loss(wave((2, 5, 16), 13), positive, negative, labels, observed)
+    expected |= {41.29956: anatomy.sum(), 5.902405: anatomy[0, 0], 2.704518: anatomy[0, 2]}
+    assert anatomy[0, 1] == 0
+    probabilities, targets = (2 * wave((2, 3, 3), 14)).sigmoid(), torch.arange(18).view(2, 3, 3) % 5 == 0
+    expected[0.180736] = focal_loss(probabilities, targets).mean()
+    for value, loss in expected.items():
+        assert loss.item() == pytest.approx(value, rel=2e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recordings: whole supervisors and gradients, through the model
+
+
+@pytest.fixture(scope="module")
+def gpt_tokenizer():
+    folder = GOLDEN_DIR / "gpt_tokenizer"
+    return GPT2Tokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
+
+
+def encode_image(model, golden):
+    return model.get_image_features(golden["img/input"][:, None].expand(-1, 3, -1, -1))
+
+
+def generation_loss(model, tokenizer, features: torch.Tensor, texts: list[str]) -> torch.Tensor:
+    """The generator's loss as the official code computes it, padding included. features (K, D)."""
+    special = model.config.generator_config.eos_token_id
+    ids = [[special, *tokenizer(text)["input_ids"], special] for text in texts]
+    longest = max(map(len, ids))
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
+    ids = torch.tensor([row + [special] * (longest - len(row)) for row in ids])
+    return model.sentence_generator(input_ids=ids, attention_mask=mask, features=features, labels=ids).loss
+
+
+def pathology_terms(model, golden, image_features, objective_mode="official") -> dict[str, torch.Tensor]:
+    positive, negative = golden["prompts/pos_emb"], golden["prompts/neg_emb_neg"]
+    output = model(image_features=image_features, prompt_features=positive, roi_skip=False)
+    return pathology_objective(
+        output.query_features,
+        output.region_boxes,
+        output.region_scores,
+        output.region_features,
+        positive,
+        negative,
+        golden["sup/patho/target_cls_boxes_padded"],
+        golden["sup/patho/target_cls_boxes_mask"],
+        golden["sup/patho/has_class_bboxes"],
+        golden["sup/patho/target_cls_labels"],
+        golden["sup/patho/has_class_labels"],
+        objective_mode=objective_mode,
+    )
+
+
+def sentence_terms(model, golden, golden_info, tokenizer, image_features) -> dict[str, torch.Tensor]:
+    sentences, mask = golden["sup/sent/sentence_features"], golden["sup/sent/sentence_mask"]
+    output = model(image_features=image_features, prompt_features=sentences, query_mask=mask, roi_skip=False)
+    terms = sentence_objective(output.query_features, sentences, mask, image_features.patch_features)
+    images, queries = choose_for_generation(mask, 32)
+    texts = [golden_info["supervisor_sentences"][i][j] for i, j in zip(images, queries, strict=True)]
+    generation = generation_loss(model, tokenizer, output.query_features[images, queries], texts)
+    return terms | {"sentence_generation": generation}
+
+
+SENTENCE_WEIGHTS = ObjectiveWeights(
+    global_contrastive=1.0, sentence_contrastive=0.005, sentence_mse=0.02, sentence_generation=0.5
+)
+
+
+@torch.no_grad()
+def test_recorded_sentence_terms_from_recorded_features(golden):
+    mask, region_features = golden["sup/sent/sentence_mask"], golden["sup/sent/region_features"]
+    terms = sentence_objective(
+        region_features, golden["sup/sent/sentence_features"], mask, golden["img/patch_features"]
+    )
+    assert_close(terms["global_contrastive"], golden["sup/sent/global_contr"])
+    assert_close(terms["sentence_contrastive"], golden["sup/sent/sent_contr"])
+    assert_close(terms["sentence_mse"], golden["sup/sent/sent_mse"])
+
+
+@torch.no_grad()
+def test_recorded_sentence_supervisor(golden_model, golden, golden_info, gpt_tokenizer):
+    terms = sentence_terms(golden_model, golden, golden_info, gpt_tokenizer, encode_image(golden_model, golden))
+    assert_close(terms["sentence_contrastive"], golden["sup/sent/sent_contr"])
+    assert_close(terms["sentence_mse"], golden["sup/sent/sent_mse"])
+    assert_close(terms["sentence_generation"], golden["sup/sent/sent_gen"])
+    assert_close(weighted_sum(terms, SENTENCE_WEIGHTS), golden["sup/sent/total"])
+
+
+@torch.no_grad()
+def test_recorded_pathology_supervisor(golden_model, golden):
+    terms = pathology_terms(golden_model, golden, encode_image(golden_model, golden))
+    assert_close(terms["pathology_detection/box"], golden["sup/patho/box_loss"])
+    assert_close(terms["pathology_detection/score"], golden["sup/patho/weights_loss"])
+    assert_close(terms["pathology_detection"], golden["sup/patho/patho_detect"])
+    assert_close(terms["pathology_classification"], golden["sup/patho/patho_cls"])
+    assert_close(weighted_sum(terms, STAGE1_WEIGHTS), golden["sup/patho/total"])
+
+
+@torch.no_grad()
+def test_corrected_pathology_supervisor(golden_model, golden):
+    """By default the closest region of a target is rewarded; everything else is as recorded."""
+    terms = pathology_terms(golden_model, golden, encode_image(golden_model, golden), "corrected")
+    assert_close(terms["pathology_detection/box"], golden["sup/patho/box_loss"])
+    assert terms["pathology_detection/score"].item() == pytest.approx(0.106886, abs=1e-6)
+    assert terms["pathology_detection"].item() == pytest.approx(3.196815, abs=1e-5)
+    assert weighted_sum(terms, STAGE1_WEIGHTS).item() == pytest.approx(33.85916, abs=1e-4)
+
+
+# Token ids of the recorded anatomy sentences in the recordings' small CLIP vocabulary, without start and end.
+ANATOMY_SENTENCE_IDS = {
+    "No pneumothorax.": [77, 334, 79, 557, 84, 617, 513, 523, 64, 343, 269],
+    "Clear.": [66, 534, 625, 269],
+    "Stable.": [522, 596, 579, 269],
+    "Mild opacity.": [76, 543, 323, 676, 546, 696, 269],
+    "Effusion.": [68, 69, 665, 564, 525, 269],
+    "Unchanged.": [569, 540, 514, 70, 538, 269],
+    "Normal.": [77, 523, 76, 566, 269],
+    "Patchy consolidation in the left apex.": [79, 527, 540, 344, 616, 759, 554, 67, 656, 530, 518, 534, 69, 339]
+    + [64, 661, 343, 269],
+}
+
+
+def anatomy_sentence_features(model, sentences: list[list[list[str]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean feature (N, A, D) of each region's sentences and which regions have any (N, A)."""
+    text = model.config.text_config
+    has_sentences = torch.tensor([[len(region) > 0 for region in image] for image in sentences])
+    features = torch.zeros(*has_sentences.shape, model.config.projection_dim)
+    for n, a in has_sentences.nonzero().tolist():
+        rows = [[text.bos_token_id, *ANATOMY_SENTENCE_IDS[s], text.eos_token_id] for s in sentences[n][a]]
+        ids = torch.tensor([row + [text.eos_token_id] * (77 - len(row)) for row in rows])
+        features[n, a] = model.get_prompt_features(ids).mean(dim=0)
+    return features, has_sentences
+
+
+@pytest.mark.parametrize("case", ANATOMY_CASES)
+@torch.no_grad()
+def test_recorded_anatomy_supervisor(golden_model, golden, golden_info, gpt_tokenizer, case):
+    image_features = encode_image(golden_model, golden)
+    prompts, boxes = golden["sup/anat/anatomy_token_emb"], golden["sup/anat/target_anat_boxes"]
+    present, has_boxes = golden["sup/anat/target_anat_present_masks"], golden["sup/anat/has_anatomy_bboxes"]
+    singles = boxes.shape[1]
+    with_multi = case == "token_det_cls"
+    described = case.endswith("mse_gen")
+
+    inputs = {}
+    if case.startswith("token"):
+        queries = prompts if with_multi else prompts[:singles]
+        output = golden_model(image_features=image_features, prompt_features=queries, roi_skip=False)
+        features = output.query_features[:, :singles]
+        inputs["region_boxes"] = output.region_boxes[:, :singles]
+        if with_multi:
+            inputs["multi_region_boxes"] = output.region_boxes[:, singles:]
+            inputs["multi_region_scores"] = output.region_scores[:, singles:]
+            inputs["multi_target_boxes"] = golden["sup/anat/target_anat_multiboxes"]
+            inputs["multi_target_mask"] = golden["sup/anat/target_anat_multiboxes_masks"]
+    else:
+        features = golden_model.encode_boxes(image_features, boxes)
+    terms = {"anatomy_detection"} if "det" in case else set()
+    terms |= {"anatomy_classification"} if "cls" in case else set()
+    if described:
+        terms.add("anatomy_mse")
+        sentences = golden_info["anatomy_sentences"]
+        inputs["sentence_features"], inputs["has_sentences"] = anatomy_sentence_features(golden_model, sentences)
+
+    losses = anatomy_objective(
+        features,
+        present,
+        target_boxes=boxes,
+        has_boxes=has_boxes,
+        positive=golden["prompts/pos_emb"],
+        negative=golden["prompts/neg_emb_neg"],
+        labels=golden["sup/anat/target_anat_cls_labels"],
+        has_labels=golden["sup/anat/has_anatomy_class_labels"],
+        terms=terms,
+        objective_mode="official",
+        **inputs,
+    )
+    if described:
+        images, regions = choose_for_generation(inputs["has_sentences"] & present, 32)
+        texts = [" ".join(sentences[n][a]) for n, a in zip(images, regions, strict=True)]
+        generation = generation_loss(golden_model, gpt_tokenizer, features[images, regions], texts)
+        losses["anatomy_generation"] = generation
+
+    names = {
+        "anatomy_detection": "anat_det",
+        "anatomy_detection/single": "anat_single",
+        "anatomy_detection/multi": "anat_multi",
+        "anatomy_classification": "anat_cls",
+        "anatomy_mse": "sent_mse",
+        "anatomy_generation": "anat_gen",
+    }
+    recorded = {name.rsplit("/")[-1] for name in golden if name.startswith(f"sup/anat/{case}/")} - {"total"}
+    assert recorded <= {names[name] for name in losses}
+    for name, loss in losses.items():
+        if names[name] in recorded:
+            assert_close(loss, golden[f"sup/anat/{case}/{names[name]}"])
+    assert_close(weighted_sum(losses, ANATOMY_WEIGHTS), golden[f"sup/anat/{case}/total"])
+
+
+def test_recorded_gradients(golden_model, golden, golden_info, gpt_tokenizer):
+    from modeling_chex.conversion import convert_official_state_dict
+
+    parameters = dict(golden_model.named_parameters())
+    golden_model.zero_grad()
+    image_features = encode_image(golden_model, golden)
+    pathology = pathology_terms(golden_model, golden, image_features)
+    sentence = sentence_terms(golden_model, golden, golden_info, gpt_tokenizer, image_features)
+    loss = weighted_sum(pathology, STAGE1_WEIGHTS) + weighted_sum(sentence, SENTENCE_WEIGHTS)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+    golden_model.zero_grad()
+    assert_close(loss, golden["grad/loss"])
+
+    def of_official(key: str) -> list[torch.Tensor]:
+        weight = golden[f"state_dict/{key}"]
+        return [gradients[ours] for ours in convert_official_state_dict({key: weight})]
+
+    norms = torch.stack(
+        [sum(part.square().sum() for part in of_official(key)).sqrt() for key in golden_info["grad_names"]]
+    )
+    torch.testing.assert_close(norms, golden["grad/norms"], rtol=1e-4, atol=1e-6)
+    for name, expected in golden.items():
+        if name.startswith("grad/param/"):
+            (gradient,) = of_official(name.removeprefix("grad/param/"))
+            assert (gradient - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Definitions, in the plain form of the paper
+
+
+def random_batch(seed: int = 0, images: int = 4, anatomies: int = 5, classes: int = 3, sentences: int = 3):
+    """Outputs (requiring gradients) and targets of all three supervisors, partly annotated."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g)
+
+    def some(*shape, p=0.7):
+        return torch.rand(*shape, generator=g) < p
+
+    def boxes(*shape):
+        draws = torch.rand(*shape, 4, generator=g)
+        return torch.cat([draws[..., :2], 0.1 + 0.5 * draws[..., 2:]], dim=-1)
+
+    regions, width = 3, 8
+    sentence = {
+        "query_features": normal(images, sentences, width),
+        "sentence_features": normal(images, sentences, width),
+        "sentence_mask": some(images, sentences),
+        "patch_features": normal(images, 4, 4, width),
+    }
+    pathology = {
+        "query_features": normal(images, classes, width),
+        "region_boxes": boxes(images, classes, regions),
+        "region_scores": torch.rand(images, classes, regions, generator=g),
+        "region_features": normal(images, classes, regions, width),
+        "positive": normal(classes, width),
+        "negative": normal(classes, width),
+        "target_boxes": boxes(images, classes, 4),
+        "target_mask": some(images, classes, 4, p=0.4),
+        "has_boxes": some(images, classes),
+        "labels": some(images, classes, p=0.4),
+        "has_labels": some(images, classes),
+    }
+    anatomy = {
+        "query_features": normal(images, anatomies, width),
+        "present": some(images, anatomies),
+        "region_boxes": boxes(images, anatomies, regions),
+        "target_boxes": boxes(images, anatomies),
+        "has_boxes": some(images, anatomies),
+        "multi_region_boxes": boxes(images, 2, regions),
+        "multi_region_scores": torch.rand(images, 2, regions, generator=g),
+        "multi_target_boxes": boxes(images, 2, 2),
+        "multi_target_mask": some(images, 2, 2),
+        "positive": pathology["positive"],
+        "negative": pathology["negative"],
+        "labels": some(images, anatomies, classes, p=0.4),
+        "has_labels": some(images, anatomies, classes),
+        "sentence_features": normal(images, anatomies, width),
+        "has_sentences": some(images, anatomies),
+    }
+    return sentence, pathology, anatomy
+
+
+OBJECTIVES = (sentence_objective, pathology_objective, anatomy_objective)
+OUTPUTS = (
+    ("query_features", "patch_features"),
+    ("query_features", "region_boxes", "region_scores"),
+    ("query_features", "region_boxes", "multi_region_boxes"),
+)
+MASKS = ("sentence_mask", "target_mask", "has_boxes", "has_labels", "multi_target_mask", "present", "has_sentences")
+WEIGHTS = ObjectiveWeights(
+    global_contrastive=1.0,
+    sentence_contrastive=1.0,
+    sentence_mse=1.0,
+    pathology_detection=1.0,
+    pathology_classification=1.0,
+    anatomy_detection=1.0,
+    anatomy_classification=1.0,
+    anatomy_mse=1.0,
+)
+
+
+def loss_and_gradients(objective, outputs, inputs, **kwargs):
+    inputs = dict(inputs)
+    leaves = {name: inputs[name].detach().clone().requires_grad_() for name in outputs}
+    terms = objective(**(inputs | leaves), **kwargs)
+    gradients = torch.autograd.grad(weighted_sum(terms, WEIGHTS), list(leaves.values()))
+    return terms, dict(zip(leaves, gradients, strict=True))
+
+
+def test_sentence_losses_average_images_equally():
+    sentence, _, _ = random_batch()
+    z, r, mask = (sentence[name] for name in ("sentence_features", "query_features", "sentence_mask"))
+    mask[0], mask[1] = False, True
+    valid_z = torch.nn.functional.normalize(z[mask], dim=-1)
+    per_image = {"contrastive": [], "mse": []}
+    for n in range(len(z)):
+        losses = []
+        for j in mask[n].nonzero().flatten():
+            logits = valid_z @ torch.nn.functional.normalize(r[n, j], dim=-1) / 0.25
+            own = (
+                torch.nn.functional.normalize(z[n, j], dim=-1) @ torch.nn.functional.normalize(r[n, j], dim=-1) / 0.25
+            )
+            losses.append(logits.exp().sum().log() - own)
+        if losses:
+            per_image["contrastive"].append(torch.stack(losses).mean())
+            per_image["mse"].append((z[n] - r[n])[mask[n]].square().sum(-1).mean())
+    assert_close(sentence_contrastive_loss(z, r, mask), torch.stack(per_image["contrastive"]).mean())
+    assert_close(sentence_mse_loss(z, r, mask), torch.stack(per_image["mse"]).mean())
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("lambdas", [(1.0, 0.0), (0.3, 0.7)])
+def test_duplicate_sentences_are_no_negatives_if_identified(cross, lambdas):
+    sentence, _, _ = random_batch()
+    z, r = sentence["sentence_features"][:1], sentence["query_features"][:1]
+    z[:, 1] = z[:, 0]
+    mask = torch.ones(1, 3, dtype=torch.bool)
+
+    def loss(ids, features=z, queries=r, valid=mask):
+        return sentence_contrastive_loss(features, queries, valid, 0.25, *lambdas, cross, sentence_ids=ids)
+
+    by_default = sentence_contrastive_loss(z, r, mask, 0.25, *lambdas, cross)
+    assert_close(loss(torch.tensor([[4, 5, 6]])), by_default)
+    assert loss(torch.tensor([[4, 4, 6]])) < by_default
+    # two identical sentences alone have no negatives left
+    assert loss(torch.tensor([[4, 4]]), z[:, :2], r[:, :2], mask[:, :2]) == 0
+
+
+def test_global_contrastive_without_text_is_as_if_the_image_were_absent():
+    u, t = torch.randn(4, 8), torch.randn(4, 8)
+    mask = torch.tensor([True, False, True, True])
+    t[1] = torch.nan
+    assert_close(global_contrastive_loss(u, t, 0.2, mask), global_contrastive_loss(u[mask], t[mask], 0.2))
+
+
+def test_pathology_detection_rewards_the_right_region():
+    """Moving the best region to the target and its score up lowers both losses; absent classes want low scores."""
+    target = torch.tensor([0.3, 0.4, 0.2, 0.2])
+    boxes = torch.tensor([[0.3, 0.4, 0.21, 0.2], [0.7, 0.7, 0.3, 0.3], [0.5, 0.2, 0.4, 0.1]]).repeat(1, 2, 1, 1)
+    scores = torch.full((1, 2, 3), 0.5, requires_grad=True)
+    features, prompts = torch.zeros(1, 2, 3, 4), torch.zeros(2, 4)
+    mask = torch.tensor([[[True], [False]]])
+    loss, box_loss, score_loss, matching = pathology_detection_loss(
+        boxes, scores, features, prompts, prompts, target.repeat(1, 2, 1, 1), mask, torch.ones(1, 2, dtype=torch.bool)
+    )
+    assert matching.matched.tolist() == [[[True, False, False], [False, False, False]]]
+    # three regions share the target; the class without boxes counts as 0
+    terms = 5 * l1_cost(boxes[0, 0], target) + 2 * giou_cost(boxes[0, 0], target)
+    assert_close(box_loss, terms.mean() / 2)
+    alpha = (5 + 1) / (6 + 2)
+    focal = -0.25 * math.log(0.5) * torch.tensor([alpha + 2 * (1 - alpha), 3 * (1 - alpha)]) / 3
+    assert_close(score_loss, focal.mean())
+    assert_close(loss, box_loss.detach() + 3 * score_loss.detach())
+    loss.backward()
+    assert (scores.grad[0, 0] < 0).tolist() == [True, False, False] and (scores.grad[0, 1] > 0).all()
+
+
+def test_class_and_score_terms_of_the_matching_cost():
+    """Two regions at the same place: the one whose feature, or score, fits better gets the target's reward."""
+    boxes = torch.tensor([0.5, 0.5, 0.2, 0.2]).repeat(1, 1, 2, 1)
+    target, mask = boxes[:, :, :1], torch.ones(1, 1, 1, dtype=torch.bool)
+    annotated, positive = torch.ones(1, 1, dtype=torch.bool), torch.tensor([[1.0, 0.0]])
+    features = torch.tensor([[[[0.0, 1.0], [2.0, 0.0]]]])
+    scores = torch.tensor([[[0.6, 0.5]]])
+
+    def rewarded(**options):
+        arguments = (boxes, scores, features, positive, -positive, target, mask, annotated)
+        return pathology_detection_loss(*arguments, DetectionOptions(**options)).matching.matched.tolist()
+
+    assert rewarded() == [[[False, True]]]
+    assert rewarded(cost_class=0.0) == [[[True, False]]]
+
+
+def test_anatomy_detection_counts_regions_and_multi_anatomies():
+    _, _, anatomy = random_batch(3)
+    boxes, target, mask = anatomy["region_boxes"], anatomy["target_boxes"], anatomy["present"]
+    terms = 5 * l1_cost(boxes, target[:, :, None]) + 2 * giou_cost(boxes, target[:, :, None])
+    loss, single, multi = anatomy_detection_loss(boxes, target, mask)
+    assert_close(loss, terms[mask].mean())
+    assert_close(single, loss.detach())
+    assert multi == 0
+
+    multi_mask = torch.tensor([[True], [False]]).expand(4, 2, 2)  # only the first of two multi-region anatomies
+    one_region = anatomy["multi_region_boxes"][:, :, :1].expand(-1, -1, 3, -1)
+    same_target = anatomy["multi_target_boxes"][:, :, :1].expand(-1, -1, 2, -1)
+    arguments = (boxes, target, mask, one_region, anatomy["multi_region_scores"], same_target, multi_mask)
+    loss, single, multi = anatomy_detection_loss(*arguments)
+    multi_terms = 5 * l1_cost(one_region[:, 0, 0], same_target[:, 0, 0])
+    multi_terms = multi_terms + 2 * giou_cost(one_region[:, 0, 0], same_target[:, 0, 0])
+    assert_close(multi, multi_terms.mean())
+    assert_close(loss, (terms[mask].sum() + multi_terms.sum()) / (3 * mask.sum() + 4))
+
+
+def test_mse_of_regions_outside_the_image():
+    _, _, anatomy = random_batch()
+    corrected = anatomy_objective(**anatomy, terms=["anatomy_mse"])["anatomy_mse"]
+    official = anatomy_objective(**anatomy, terms=["anatomy_mse"], objective_mode="official")["anatomy_mse"]
+    z, f = anatomy["sentence_features"], anatomy["query_features"]
+    assert_close(official, sentence_mse_loss(z, f, anatomy["has_sentences"]))
+    assert_close(corrected, sentence_mse_loss(z, f, anatomy["has_sentences"] & anatomy["present"]))
+    assert corrected != official
+
+
+def test_anatomy_subsets():
+    _, _, anatomy = random_batch(1)
+    kept = torch.tensor([True, False, True, True, False])
+    terms = anatomy_objective(**anatomy, kept=kept)
+    chosen = {
+        name: value[:, kept] if name in ("query_features", "region_boxes") or "sentences" in name else value
+        for name, value in anatomy.items()
+    }
+    for name in ("present", "target_boxes", "has_boxes", "labels", "has_labels", "sentence_features"):
+        chosen[name] = anatomy[name][:, kept]
+    alone = anatomy_objective(**chosen)
+    for name in ("anatomy_detection", "anatomy_mse"):
+        assert_close(terms[name], alone[name])
+    # classification is not sub-sampled
+    assert_close(terms["anatomy_classification"], anatomy_objective(**anatomy)["anatomy_classification"])
+
+
+def test_absent_classes_outside_the_subset_take_no_part():
+    _, _, anatomy = random_batch(2, classes=6)
+    inputs = [anatomy[name] for name in ("query_features", "positive", "negative", "labels", "has_labels")]
+    subset = torch.tensor([True, True, False, False, True, False])
+    loss = anatomy_classification_loss(*inputs, class_subset=subset)
+    present = inputs[3] & inputs[4]
+    expected = anatomy_classification_loss(*inputs[:4], inputs[4] & (subset | present))
+    assert_close(loss, expected)
+    none = anatomy_classification_loss(*inputs, class_subset=torch.zeros(6, dtype=torch.bool))
+    assert torch.isfinite(none).all() and (none[~present.any(-1)] == 0).all()
+
+
+def test_anatomy_subset_drawn_in_the_objective_is_seeded():
+    _, _, anatomy = random_batch(2, classes=6)
+    options = AnatomyOptions(subsample_negatives=2)
+
+    def loss(seed):
+        generator = torch.Generator().manual_seed(seed)
+        terms = ["anatomy_classification"]
+        return anatomy_objective(**anatomy, terms=terms, options=options, generator=generator)[terms[0]].item()
+
+    values = [loss(seed) for seed in range(8)]
+    assert values == [loss(seed) for seed in range(8)] and len(set(values)) > 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks, empty supervision, precision, shapes
+
+
+@pytest.mark.parametrize("which", range(3), ids=["sentence", "pathology", "anatomy"])
+@pytest.mark.parametrize("objective_mode", ["corrected", "official"])
+@pytest.mark.parametrize("seed", range(3))
+def test_masked_targets_have_no_influence(which, objective_mode, seed):
+    inputs = random_batch(seed)[which]
+    objective, outputs = OBJECTIVES[which], OUTPUTS[which]
+    kwargs = {"objective_mode": objective_mode} if which else {}
+    spoiled = dict(inputs)
+    if which == 0:
+        spoil = [("sentence_features", inputs["sentence_mask"])]
+    elif which == 1:
+        valid = inputs["target_mask"] & inputs["has_boxes"][..., None]
+        spoil = [("target_boxes", valid)]
+        spoiled["labels"] = inputs["labels"] ^ ~inputs["has_labels"]
+        spoiled["target_mask"] = inputs["target_mask"] | ~inputs["has_boxes"][..., None]
+    else:
+        described = inputs["has_sentences"]
+        described = described & inputs["present"] if objective_mode == "corrected" else described
+        spoil = [
+            ("target_boxes", inputs["present"] & inputs["has_boxes"]),
+            ("multi_target_boxes", inputs["multi_target_mask"]),
+            ("sentence_features", described),
+        ]
+        spoiled["labels"] = inputs["labels"] ^ ~(inputs["has_labels"] & inputs["present"][..., None])
+    for name, valid in spoil:
+        spoiled[name] = inputs[name].masked_fill(~valid[..., None], torch.nan)
+    terms, gradients = loss_and_gradients(objective, outputs, inputs, **kwargs)
+    same_terms, same_gradients = loss_and_gradients(objective, outputs, spoiled, **kwargs)
+    for before, after in ((terms, same_terms), (gradients, same_gradients)):
+        for name, value in before.items():
+            assert torch.isfinite(value).all() and torch.equal(value, after[name]), name
+    assert all(gradient.abs().sum() > 0 for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("which", range(3), ids=["sentence", "pathology", "anatomy"])
+@pytest.mark.parametrize("how", ["masked", "absent"])
+def test_empty_supervision_is_zero_and_connected(which, how):
+    inputs = random_batch()[which]
+    if how == "masked":
+        inputs = {name: torch.zeros_like(value) if name in MASKS else value for name, value in inputs.items()}
+    elif which == 0:
+        inputs = {name: value[:, :0] if name != "patch_features" else value for name, value in inputs.items()}
+    else:
+        for name in ("target_boxes", "target_mask", "has_boxes", "labels", "has_labels", "sentence_features"):
+            inputs.pop(name, None)
+        inputs.pop("has_sentences", None)
+        if which == 2:
+            inputs["multi_target_mask"] = torch.zeros_like(inputs["multi_target_mask"])
+    terms, gradients = loss_and_gradients(OBJECTIVES[which], OUTPUTS[which], inputs)
+    assert all(term == 0 for term in terms.values())
+    assert all((gradient == 0).all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("sizes", [{"images": 0}, {"anatomies": 0, "classes": 0, "sentences": 0}, {"images": 1}])
+@pytest.mark.parametrize("which", range(3), ids=["sentence", "pathology", "anatomy"])
+def test_any_number_of_images_and_queries(which, sizes):
+    inputs = random_batch(**sizes)[which]
+    if sizes.get("anatomies") == 0 and which == 2:
+        for name in ("multi_region_boxes", "multi_region_scores", "multi_target_boxes", "multi_target_mask"):
+            inputs[name] = inputs[name][:, :0]
+    terms, gradients = loss_and_gradients(OBJECTIVES[which], OUTPUTS[which], inputs)
+    assert all(torch.isfinite(term) and term.dim() == 0 for term in terms.values())
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+    if 0 in sizes.values():
+        assert all(term == 0 for term in terms.values())
+
+
+@pytest.mark.parametrize("which", range(3), ids=["sentence", "pathology", "anatomy"])
+def test_bfloat16_is_computed_in_float32(which):
+    inputs = random_batch()[which]
+    rounded = {name: v.bfloat16() if v.is_floating_point() else v for name, v in inputs.items()}
+    reference = OBJECTIVES[which](**{n: v.float() if v.dtype == torch.bfloat16 else v for n, v in rounded.items()})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms, gradients = loss_and_gradients(OBJECTIVES[which], OUTPUTS[which], rounded)
+    for name, term in terms.items():
+        assert term.dtype == torch.float32
+        assert_close(term, reference[name].detach(), 1e-6)
+    assert all(g.dtype == torch.bfloat16 and torch.isfinite(g).all() for g in gradients.values())
+
+
+@pytest.mark.parametrize("which", range(3), ids=["sentence", "pathology", "anatomy"])
+def test_gradients_are_those_of_the_value(which):
+    """Analytic gradients against finite differences, in float64."""
+    inputs = random_batch(5, images=2)[which]
+    inputs = {name: v.double() if v.is_floating_point() else v for name, v in inputs.items()}
+    outputs = OUTPUTS[which]
+
+    def total(*leaves):
+        terms = OBJECTIVES[which](**(inputs | dict(zip(outputs, leaves, strict=True))))
+        return weighted_sum(terms, WEIGHTS)
+
+    leaves = [inputs[name].clone().requires_grad_() for name in outputs]
+    assert torch.autograd.gradcheck(total, leaves, eps=1e-7, atol=1e-4)
+
+
+@pytest.mark.parametrize("which", range(3), ids=["sentence", "pathology", "anatomy"])
+def test_padding_has_no_influence(which):
+    """More padded sentences or targets, and images without annotation, change nothing."""
+    inputs = random_batch(7)[which]
+    terms = OBJECTIVES[which](**inputs)
+
+    def pad(name, value):
+        value = torch.cat([value, torch.zeros_like(value[:1]) if name in MASKS else value[:1]])
+        along = {0: ("query_features", "sentence_features", "sentence_mask"), 1: (), 2: ()}[which]
+        if name in along:
+            value = torch.cat([value, torch.zeros_like(value[:, :1])], dim=1)
+        if name in ("target_mask", "multi_target_mask") or (name == "target_boxes" and which == 1):
+            value = torch.cat([value, torch.zeros_like(value[:, :, :1])], dim=2)
+        if name == "multi_target_boxes":
+            value = torch.cat([value, torch.zeros_like(value[:, :, :1])], dim=2)
+        return value
+
+    shared = ("positive", "negative")
+    padded = OBJECTIVES[which](**{n: v if n in shared else pad(n, v) for n, v in inputs.items()})
+    for name, term in terms.items():
+        assert_close(padded[name], term, 1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+class Processes:
+    """Collectives among threads that play the processes of a distributed run."""
+
+    def __init__(self, count: int):
+        self.slots, self.barrier = [None] * count, threading.Barrier(count, timeout=30)
+
+    def exchange(self, rank: int, tensor: torch.Tensor) -> list[torch.Tensor]:
+        self.slots[rank] = tensor
+        self.barrier.wait()
+        everyone = list(self.slots)
+        self.barrier.wait()
+        return everyone
+
+    def collectives(self, rank: int) -> Collectives:
+        return Collectives(
+            sum=lambda tensor: sum(self.exchange(rank, tensor)),
+            gather=lambda tensor: torch.cat(self.exchange(rank, tensor)),
+        )
+
+
+@pytest.mark.parametrize("which", range(3), ids=["sentence", "pathology", "anatomy"])
+def test_processes_agree_with_one_process(which):
+    """Mean over two unevenly annotated processes = one process with the whole batch."""
+    inputs = random_batch(11)[which]
+    for name in ("sentence_mask", "has_labels", "has_boxes", "has_sentences"):
+        if name in inputs:
+            inputs[name][2:] &= torch.rand(inputs[name][2:].shape, generator=torch.Generator().manual_seed(1)) < 0.3
+    options = {}
+    if which == 2:
+        options = {"options": AnatomyOptions(subsample_negatives=2)}
+    shared = ("positive", "negative")
+    group, results = Processes(2), [None, None]
+
+    def run(rank: int):
+        own = slice(0, 2) if rank == 0 else slice(2, 4)
+        local = {name: value if name in shared else value[own] for name, value in inputs.items()}
+        generator = {"generator": torch.Generator().manual_seed(3)} if which == 2 else {}
+        results[rank] = OBJECTIVES[which](**local, **options, **generator, collectives=group.collectives(rank))
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    generator = {"generator": torch.Generator().manual_seed(3)} if which == 2 else {}
+    for name, expected in OBJECTIVES[which](**inputs, **options, **generator).items():
+        assert_close((results[0][name] + results[1][name]) / 2, expected, 1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def test_subsample_classes():
+    generator = torch.Generator().manual_seed(0)
+    available = torch.tensor([True, False] * 20)
+    assert torch.equal(subsample_classes(available, None), available)
+    assert torch.equal(subsample_classes(available, 20, generator), available)
+    draws = torch.stack([subsample_classes(available, 5, generator) for _ in range(2000)])
+    assert not (draws & ~available).any() and draws.any(dim=1).all()
+    frequencies = draws.float().mean(0)[available]
+    assert torch.allclose(frequencies, torch.full((20,), 0.25), atol=0.05)
+    assert draws.sum(1).float().std() > 1  # independent draws: the number varies
+    exact = torch.stack([subsample_classes(available, 5, generator, exact=True) for _ in range(200)])
+    assert (exact.sum(1) == 5).all() and not (exact & ~available).any()
+    assert not subsample_classes(torch.zeros(4, dtype=torch.bool), 2, generator).any()
+    assert subsample_classes(torch.zeros(0, dtype=torch.bool), 2, generator).shape == (0,)
+
+
+def test_subsample_classes_keeps_the_first_if_none_was_drawn():
+    available = torch.tensor([False] + [True] * 1000)
+    generator = torch.Generator().manual_seed(0)
+    draws = [subsample_classes(available, 1, generator).nonzero().flatten().tolist() for _ in range(60)]
+    assert [] not in draws
+    assert draws.count([1]) > 5  # none is drawn in about 37 % of the cases
+
+
+def test_subsample_classes_by_frequency():
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.tensor([8, 1, 0, 0, 4])
+    observed = torch.tensor([True, True, True, False, True])
+    assert torch.equal(subsample_classes_by_frequency(counts, observed, None), observed)
+    assert torch.equal(subsample_classes_by_frequency(counts, observed, 5), observed)
+    draws = torch.stack([subsample_classes_by_frequency(counts, observed, 1, generator) for _ in range(4000)])
+    frequencies = draws.float().mean(0)
+    assert torch.allclose(frequencies, counts / 13, atol=0.03)
+    three = torch.stack([subsample_classes_by_frequency(counts, observed, 3, generator) for _ in range(50)])
+    assert torch.equal(three, torch.tensor([True, True, False, False, True]).expand(50, -1))
+
+
+def test_random_subset_and_generation_choice():
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(6, 20, generator=generator) < 0.5
+    assert torch.equal(random_subset(mask, None), mask) and torch.equal(random_subset(mask, 200, generator), mask)
+    subsets = torch.stack([random_subset(mask, 10, generator) for _ in range(1000)])
+    assert (subsets.flatten(1).sum(1) == 10).all() and not (subsets & ~mask).any()
+    frequencies = subsets.float().mean(0)[mask]
+    assert torch.allclose(frequencies, torch.full_like(frequencies, 10 / mask.sum()), atol=0.07)
+    images, queries = choose_for_generation(mask, 32, generator)
+    assert len(images) == 32 and mask[images, queries].all()
+    assert len(set(zip(images.tolist(), queries.tolist(), strict=True))) == 32
+    assert [index.numel() for index in choose_for_generation(torch.zeros(0, 3, dtype=torch.bool))] == [0, 0]
+
+
+def test_choose_synonyms():
+    counts = torch.tensor([1, 2, 5])
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([choose_synonyms(counts, generator) for _ in range(2000)])
+    assert (draws >= 0).all() and (draws < counts).all()
+    for c, count in enumerate(counts.tolist()):
+        frequencies = torch.bincount(draws[:, c], minlength=count) / 2000
+        assert torch.allclose(frequencies, torch.full((count,), 1 / count), atol=0.05)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights, terms, errors
+
+
+def test_published_weights():
+    assert STAGE1_WEIGHTS.active() == {
+        "global_contrastive",
+        "sentence_contrastive",
+        "pathology_detection",
+        "pathology_classification",
+        "anatomy_detection",
+        "anatomy_classification",
+    }
+    assert STAGE2_WEIGHTS.active() == {
+        "sentence_contrastive",
+        "sentence_mse",
+        "anatomy_classification",
+        "anatomy_mse",
+    }
+    assert STAGE3_WEIGHTS.active() == {"sentence_mse", "sentence_generation", "anatomy_mse", "anatomy_generation"}
+
+
+def test_weighted_sum():
+    terms = {
+        "sentence_mse": torch.tensor(2.0),
+        "anatomy_mse": torch.tensor(3.0),
+        "anatomy_mse/part": torch.tensor(9.0),
+    }
+    assert weighted_sum(terms, STAGE2_WEIGHTS) == pytest.approx(0.02 * 2 + 0.04 * 3)
+    off = ObjectiveWeights(sentence_mse=1.0)
+    assert weighted_sum(terms | {"anatomy_mse": torch.tensor(torch.nan)}, off) == 2
+    with pytest.raises(ValueError, match="sentence_mses"):
+        weighted_sum({"sentence_mses": torch.tensor(0.0)}, off)
+    with pytest.raises(ValueError, match="Nothing to optimise"):
+        weighted_sum({"anatomy_mse": torch.tensor(0.0)}, off)
+
+
+@pytest.mark.parametrize("which", range(3), ids=["sentence", "pathology", "anatomy"])
+def test_only_requested_terms_are_computed(which):
+    inputs = random_batch()[which]
+    every = OBJECTIVES[which](**inputs)
+    for name in every:
+        if "/" not in name:
+            alone = OBJECTIVES[which](**inputs, terms=STAGE3_WEIGHTS.active() | {name})
+            assert name in alone
+            assert_close(alone[name], every[name])
+    assert OBJECTIVES[which](**inputs, terms=()) == {}
+
+
+def test_missing_inputs_are_named():
+    sentence, _, anatomy = random_batch()
+    del sentence["patch_features"]
+    with pytest.raises(ValueError, match="patch_features"):
+        sentence_objective(**sentence)
+    with pytest.raises(ValueError, match="region_boxes"):
+        anatomy_objective(anatomy["query_features"], anatomy["present"], terms=["anatomy_detection"])
+    with pytest.raises(ValueError, match="positive and negative"):
+        anatomy_objective(anatomy["query_features"], anatomy["present"], terms=["anatomy_classification"])
+    arguments = [anatomy[name] for name in ("query_features", "positive", "negative", "labels", "has_labels")]
+    with pytest.raises(ValueError, match="region_positive"):
+        anatomy_classification_loss(*arguments, contrast="all")
+    with pytest.raises(ValueError, match="'posnegs'"):
+        anatomy_classification_loss(*arguments, contrast="posnegs")
+
+
+def test_sentence_options_reach_the_losses():
+    sentence, _, _ = random_batch()
+    options = SentenceOptions(0.5, 0.3, 0.6, 0.4, False)
+    terms = sentence_objective(**sentence, options=options)
+    z, r, mask = sentence["sentence_features"], sentence["query_features"], sentence["sentence_mask"]
+    assert_close(terms["sentence_contrastive"], sentence_contrastive_loss(z, r, mask, 0.3, 0.6, 0.4, False))
+    u = sentence["patch_features"].flatten(1, 2).mean(1)
+    t = torch.stack([z[n][mask[n]].mean(0) if mask[n].any() else torch.zeros(8) for n in range(4)])
+    assert_close(terms["global_contrastive"], global_contrastive_loss(u, t, 0.5, mask.any(1)))
