@@ -1,0 +1,1 @@
+"""Evaluation of ChEX: metrics, tasks, trivial baselines and the HTML report."""

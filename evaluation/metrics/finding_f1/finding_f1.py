@@ -1,0 +1,134 @@
+"""F1 of the findings stated in texts: a labeller turns each text into {finding: value}, and positives are compared.
+
+Values follow the CheXpert convention: 1 present, 0 negated, -1 uncertain; findings that a text does not mention are
+missing from its dict. The labeller is an argument, so the same code serves the exact phantom labeller and CheXbert.
+
+Usable directly and through `evaluate.load("evaluation/metrics/finding_f1")`, without a network.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import datasets
+import evaluate
+import numpy as np
+
+
+_DESCRIPTION = "Micro, macro and example-based F1 of the findings stated in generated texts."
+_CITATION = ""
+_KWARGS = """
+Args:
+    predictions: texts (with `labeler`), or the labels of each text as a list of {"finding", "value"} items
+        (`as_items` makes it from a dict).
+    references: the same kind.
+    classes: findings to count, in order; left out: every finding that occurs, sorted.
+    labeler: function text -> {finding: 1 / 0 / -1}; needed for texts.
+    uncertain_positive: count -1 as positive (the paper's F1-5 does, its F1-14 does not).
+    official: example-based F1 skips texts without a true positive (defect of the official code) instead of counting 0.
+Returns:
+    micro_f1, micro_precision, micro_recall: all (text, finding) cells pooled; macro_f1: mean over `classes` (0 where
+    nothing is predicted nor true); example_f1: mean over texts (1 where both sides are empty);
+    per_class: {finding: {"f1", "precision", "recall", "support"}}; count: number of texts.
+"""
+
+
+def as_items(labels: Mapping[str, int]) -> list[dict]:
+    """A label dict as the list of {"finding", "value"} that `FindingF1` stores in Arrow."""
+    return [{"finding": name, "value": int(value)} for name, value in labels.items()]
+
+
+def finding_f1(
+    predictions: Sequence[Mapping[str, int]],
+    references: Sequence[Mapping[str, int]],
+    classes: Sequence[str] | None = None,
+    uncertain_positive: bool = False,
+    official: bool = False,
+) -> dict:
+    """F1 of positive findings over label dicts; see the module's `_KWARGS` for the rest.
+
+    Raises:
+        ValueError: if the lists differ in length, or a value is not 1, 0 or -1.
+    """
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions for {len(references)} references: give one dict per text.")
+    if classes is None:
+        classes = sorted({name for labels in (*predictions, *references) for name in labels})
+    positive_values = {1, -1} if uncertain_positive else {1}
+
+    def matrix(items: Sequence[Mapping[str, int]]) -> np.ndarray:
+        for index, labels in enumerate(items):
+            for name, value in labels.items():
+                if value not in (1, 0, -1):
+                    raise ValueError(f"Text {index} has the label {name}={value}; only 1, 0 and -1 are labels.")
+        values = [[labels.get(name) in positive_values for name in classes] for labels in items]
+        return np.array(values, dtype=bool).reshape(len(items), len(classes))
+
+    predicted, actual = matrix(predictions), matrix(references)
+    true_positive = predicted & actual
+    micro = _scores(true_positive.sum(), predicted.sum(), actual.sum())
+    per_class = {}
+    for column, name in enumerate(classes):
+        scores = _scores(true_positive[:, column].sum(), predicted[:, column].sum(), actual[:, column].sum())
+        per_class[name] = {**scores, "support": int(actual[:, column].sum())}
+    return {
+        "micro_f1": micro["f1"],
+        "micro_precision": micro["precision"],
+        "micro_recall": micro["recall"],
+        "macro_f1": float(np.mean([v["f1"] for v in per_class.values()])) if per_class else 0.0,
+        "example_f1": _example_f1(true_positive.sum(1), predicted.sum(1), actual.sum(1), official),
+        "per_class": per_class,
+        "count": len(predictions),
+    }
+
+
+def _scores(true_positive: int, predicted: int, actual: int) -> dict[str, float]:
+    return {
+        "f1": float(2 * true_positive / (predicted + actual)) if predicted + actual else 0.0,
+        "precision": float(true_positive / predicted) if predicted else 0.0,
+        "recall": float(true_positive / actual) if actual else 0.0,
+    }
+
+
+def _example_f1(true_positive: np.ndarray, predicted: np.ndarray, actual: np.ndarray, official: bool) -> float | None:
+    total = predicted + actual
+    values = np.divide(2 * true_positive, total, out=np.ones(len(total)), where=total > 0)
+    if official:
+        # 2PR / (P + R) is 0/0 as soon as there is no true positive, and the official mean skips undefined values.
+        values = values[true_positive > 0]
+    return float(values.mean()) if len(values) else None
+
+
+class FindingF1(evaluate.Metric):
+    """`evaluate` wrapper of `finding_f1`: takes texts and a labeller, or label items."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        items = datasets.List({"finding": datasets.Value("string"), "value": datasets.Value("int8")})
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_KWARGS,
+            features=[
+                datasets.Features({"predictions": text, "references": text}),
+                datasets.Features({"predictions": items, "references": items}),
+            ],
+        )
+
+    def _compute(
+        self,
+        predictions: list,
+        references: list,
+        labeler: Callable[[str], Mapping[str, int]] | None = None,
+        **kwargs,
+    ) -> dict:
+        return finding_f1(*(self._labels(side, labeler) for side in (predictions, references)), **kwargs)
+
+    @staticmethod
+    def _labels(side: list, labeler: Callable[[str], Mapping[str, int]] | None) -> list[Mapping[str, int]]:
+        if not all(isinstance(item, str) for item in side):
+            return [{entry["finding"]: entry["value"] for entry in item} for item in side]
+        if labeler is None:
+            raise ValueError(
+                "Texts were given without a labeller. Pass `labeler=`, a function from a text to {finding: 1/0/-1}, "
+                "or pass the labels themselves."
+            )
+        return [labeler(text) for text in side]

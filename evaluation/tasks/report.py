@@ -1,0 +1,162 @@
+"""Report generation: finding and region prompts, a sentence for each, filtered and de-duplicated.
+
+Follows the official inference of ChEX (arXiv 2404.15770, report generation), with one correction: each kept sentence
+carries the boxes and the name of its own prompt, also after regions were dropped.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from evaluation.metrics.finding_f1.finding_f1 import finding_f1
+from processing_chex.vocabulary import ANATOMY_NAMES, REPORT_ANATOMY_INDICES
+
+from .base import Batch, EvaluationContext, Task, corners
+
+
+ALWAYS_SAME = 0.95
+SAME_IF_LONG = 0.90
+
+
+@dataclass
+class ReportSentence:
+    """A sentence of a generated report with the prompt it answers and where it looks.
+
+    Attributes:
+        text: the sentence.
+        prompt: name of the class or region.
+        is_finding: whether the prompt is a finding class (else a region).
+        boxes: (R, 4) xyxy in the network square.
+        scores: (R,) region scores.
+        probability: sign of the query, above 0.5 = abnormal.
+    """
+
+    text: str
+    prompt: str
+    is_finding: bool
+    boxes: np.ndarray
+    scores: np.ndarray
+    probability: float
+
+
+def deduplicate(similarity: np.ndarray, preference: Sequence[float], max_sentences: int = 10) -> list[int]:
+    """Indices of the sentences to keep, in order.
+
+    The most similar remaining pair loses its less preferred member (on ties the later one) while its similarity is at
+    least 0.95, or at least 0.90 with more than `max_sentences` left. `max_sentences` is soft: unlike sentences stay.
+
+    Args:
+        similarity: (n, n) symmetric; (cos + 1) / 2 of sentence embeddings.
+        preference: n values, higher is kept.
+    """
+    similarity = np.array(similarity, dtype=np.float64)
+    np.fill_diagonal(similarity, 0.0)
+    kept = list(range(len(similarity)))
+    while len(kept) > 1:
+        part = similarity[np.ix_(kept, kept)]
+        first, second = divmod(int(part.argmax()), len(kept))
+        first, second = sorted((first, second))
+        highest = part[first, second]
+        if highest < ALWAYS_SAME and (highest < SAME_IF_LONG or len(kept) <= max_sentences):
+            break
+        loser = first if preference[kept[first]] < preference[kept[second]] else second
+        del kept[loser]
+    return kept
+
+
+class ReportGeneration(Task):
+    """Micro-F1 of the positive findings of whole reports, against those stated in the reference reports.
+
+    Queries: the finding classes, then the 15 report regions, post decoder on. Regions whose feature is closer to the
+    mean negative than to the mean positive class prompt are dropped before generation; finding queries always stay.
+    """
+
+    name = "report_generation"
+    headline = "report_f1"
+    needs_text = True
+
+    def __init__(self, context: EvaluationContext, max_sentences: int = 10):
+        super().__init__(context)
+        self.max_sentences = max_sentences
+        regions = [ANATOMY_NAMES[index] for index in REPORT_ANATOMY_INDICES]
+        self._names = [*context.prompts.names, *regions]
+        self._num_classes = len(context.prompts.names)
+        self._prompts = torch.cat([context.class_features("box"), context.anatomy_features(regions)])
+        self._positive = context.class_features("positive").mean(0, keepdim=True)
+        self._negative = context.class_features("negative").mean(0, keepdim=True)
+        self._features: list[torch.Tensor] = []
+        self._drafts: list[list[tuple[ReportSentence, float]]] = []
+        self._references: list[str] = []
+
+    def update(self, batch: Batch) -> None:
+        model = self.context.model
+        output = model(image_features=batch.image_features, prompt_features=self._prompts, clip_boxes=True)
+        probability = model.classify(output.query_features, self._positive, self._negative).squeeze(-1)
+        kept = probability > 0.5
+        kept[:, : self._num_classes] = True
+        self._features.append(output.query_features[kept])
+        boxes = corners(output.region_boxes)
+        weights = output.region_scores.double().cpu().numpy()
+        preference = output.query_scores.double().cpu().numpy()
+        chances = probability.double().cpu().numpy()
+        for image, selected in enumerate(kept.cpu().numpy()):
+            self._drafts.append(
+                [
+                    (
+                        ReportSentence(
+                            text="",
+                            prompt=self._names[query],
+                            is_finding=bool(query < self._num_classes),
+                            boxes=boxes[image, query],
+                            scores=weights[image, query],
+                            probability=float(chances[image, query]),
+                        ),
+                        float(preference[image, query]),
+                    )
+                    for query in np.flatnonzero(selected)
+                ]
+            )
+        self._references += [target.report for target in batch.targets]
+
+    def reports(self) -> list[list[ReportSentence]]:
+        """Generate, de-duplicate and order: the sentences of every report."""
+        texts = iter(self.context.generate(torch.cat(self._features), "write reports"))
+        reports = []
+        for draft in self._drafts:
+            written = []
+            for sentence, preference in draft:
+                sentence.text = next(texts)
+                if sentence.text:
+                    written.append((sentence, preference))
+            embeddings = torch.nn.functional.normalize(
+                self.context.text_features([sentence.text for sentence, _ in written]).float(), dim=-1
+            )
+            similarity = ((embeddings @ embeddings.T + 1) / 2).cpu().numpy()
+            kept = deduplicate(similarity, [preference for _, preference in written], self.max_sentences)
+            reports.append([written[index][0] for index in kept])
+        return reports
+
+    def compute(self) -> dict:
+        context = self.context
+        names = context.prompts.names
+        if not self._drafts:
+            return {"value": None, "count": 0}
+        reports = self.reports()
+        texts = [" ".join(sentence.text for sentence in report) for report in reports]
+        predicted = [context.label(text) for text in texts]
+        reference = [context.label(text) for text in self._references]
+        scores = finding_f1(predicted, reference, classes=names)
+        return {
+            "value": scores["micro_f1"],
+            **{key: scores[key] for key in ("micro_precision", "micro_recall", "macro_f1", "example_f1", "count")},
+            "official_example_f1": finding_f1(predicted, reference, classes=names, official=True)["example_f1"],
+            "per_class": scores["per_class"],
+            "sentences_per_report": float(np.mean([len(report) for report in reports])),
+            "sentences_generated": int(sum(map(len, self._drafts))),
+            "examples": [
+                {"generated": text, "reference": target}
+                for text, target in list(zip(texts, self._references, strict=True))[:5]
+            ],
+        }
