@@ -1,0 +1,1 @@
+"""The faces of ChEX: the `chex` command line and the Space."""

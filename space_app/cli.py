@@ -1,0 +1,34 @@
+"""The `chex` command. Each sub-command is a module with a function; heavy libraries are imported when it runs."""
+
+import typer
+
+from space_app.demo_command import demo
+from space_app.explain_command import explain
+
+
+app = typer.Typer(
+    name="chex",
+    help="ChEX finds and describes regions of chest radiographs. Research use only, not a medical device.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def chex() -> None:
+    """Keeps `chex` a group of commands, however many there are."""
+
+
+app.command("explain")(explain)
+app.command("demo")(demo)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="chex")
+
+
+if __name__ == "__main__":
+    main()
