@@ -49,9 +49,9 @@ def run_demo(output_dir: str | Path = "runs/demo", fast: bool = False) -> Path:
     """
     Runs whatever has not been run yet and returns the path of the page.
 
-    Stages that are finished with the same configuration are reused, interrupted ones go on from their last checkpoint.
-    Writes `model/` (loadable by every command), `metrics.json` and `report.html` into `output_dir`; the stages are kept
-    in `full/` or `fast/` beneath it.
+    Stages that are finished with the same configuration are reused, interrupted ones go on from their last
+    checkpoint. Writes `model/` (loadable by every command), `metrics.json` and `report.html` into `output_dir`; the
+    stages are kept in `full/` or `fast/` beneath it.
 
     Args:
         output_dir: Folder of the results.
@@ -91,9 +91,7 @@ def run_demo(output_dir: str | Path = "runs/demo", fast: bool = False) -> Path:
         history += [json.loads(line) for line in lines]
     chosen = choose_examples(data["test"], min(3, len(data["test"])), seed=3)
     settings = metrics["details"]["finding_detection"]["settings"]
-    explanations, detections = explain_examples(
-        model, processor, data["test"], chosen, label_text, settings=settings
-    )
+    explanations, detections = explain_examples(model, processor, data["test"], chosen, label_text, settings=settings)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     report = write_report(
         output_dir / "report.html",

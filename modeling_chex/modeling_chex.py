@@ -95,6 +95,13 @@ class ChexModel(ChexPreTrainedModel):
         )
         self.post_init()
 
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs):
+        super()._set_gradient_checkpointing(enable, **kwargs)
+        if self.sentence_generator is not None:  # checkpointed blocks of GPT-2 would drop the prefix
+            for module in self.sentence_generator.modules():
+                if hasattr(module, "gradient_checkpointing"):
+                    module.gradient_checkpointing = False
+
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
 
@@ -164,8 +171,8 @@ class ChexModel(ChexPreTrainedModel):
     def _use_post_decoder(self, use_post_decoder: bool | None) -> bool:
         if use_post_decoder and self.post_decoder is None:
             raise ValueError(
-                "This model has no post decoder (`config.post_decoder_config` is None, as after training stage 1). Call "
-                "it with `use_post_decoder=False`, or load a model of stage 2 or 3."
+                "This model has no post decoder (`config.post_decoder_config` is None, as after training stage 1). "
+                "Call it with `use_post_decoder=False`, or load a model of stage 2 or 3."
             )
         return self.post_decoder is not None if use_post_decoder is None else use_post_decoder
 
@@ -193,12 +200,17 @@ class ChexModel(ChexPreTrainedModel):
             `torch.Tensor` of shape `(N, M, D)`.
         """
         patch_features = image_features.patch_features
+        box_mask = box_mask.bool() if box_mask is not None else None
         tokens = None
         if prompt_features is not None:
             tokens = self.detector.decode(
-                patch_features, image_features.position_embeddings, prompt_features, box_mask, **kwargs
+                patch_features,
+                image_features.position_embeddings,
+                prompt_features.to(self.dtype),
+                box_mask,
+                **kwargs,
             )
-            tokens = tokens.unflatten(1, (boxes.shape[1], -1)).mean(2)
+            tokens = tokens.unflatten(1, (boxes.shape[1], self.config.detector_config.num_regions)).mean(2)
         features = self.detector.pool(patch_features, boxes, tokens)
         if box_mask is not None:
             features = features * box_mask[..., None]
@@ -263,6 +275,7 @@ class ChexModel(ChexPreTrainedModel):
         if prompt_features is not None:
             if prompt_features.ndim == 2:
                 prompt_features = prompt_features[None].expand(num_images, -1, -1)
+            prompt_features = prompt_features.to(self.dtype)  # features kept from earlier may be float32
             if query_mask is not None:
                 query_mask = query_mask.bool().expand(num_images, -1)
             part = self.detector(
@@ -280,7 +293,6 @@ class ChexModel(ChexPreTrainedModel):
             part["query_mask"] = _full_mask(query_mask, prompt_features)
             parts.append(part)
         if query_boxes is not None:
-            box_mask = box_mask.bool() if box_mask is not None else None
             features = self.encode_boxes(image_features, query_boxes, box_mask, use_post_decoder=refine, **kwargs)
             parts.append(self._box_answers(query_boxes, features, _full_mask(box_mask, query_boxes)))
 
@@ -363,7 +375,10 @@ class ChexModel(ChexPreTrainedModel):
             `torch.LongTensor` of shape `(N, Q, T)`: Token ids that start with the start token; padded queries hold
             padding only. With `num_return_sequences=K > 1`, `(N, Q, K, T)`. With `return_dict_in_generate=True`, the
             output of `GenerationMixin.generate` whose `sequences` have that shape; its other fields run over the
-            valid queries, flattened.
+            valid queries, flattened. If no query is valid, ids of shape `(N, Q, 0)`, whatever the arguments.
+
+        Raises:
+            ValueError: The model has no sentence generator, or no queries are given.
         """
         if self.sentence_generator is None:
             raise ValueError(
@@ -383,24 +398,25 @@ class ChexModel(ChexPreTrainedModel):
             )
             query_features, query_mask = output.query_features, output.query_mask
         query_mask = _full_mask(query_mask, query_features)
-        generated = (
-            self.sentence_generator.generate(
-                features=query_features[query_mask], generation_config=generation_config, **generation_kwargs
-            )
-            if query_mask.any()
-            else query_features.new_zeros((0, 0), dtype=torch.long)
+        if not query_mask.any():
+            return query_features.new_zeros((*query_mask.shape, 0), dtype=torch.long)
+        generated = self.sentence_generator.generate(
+            features=query_features[query_mask], generation_config=generation_config, **generation_kwargs
         )
-        sequences = generated if isinstance(generated, torch.Tensor) else generated.sequences
-        samples = sequences.shape[0] // max(int(query_mask.sum()), 1)
-        shaped = sequences.new_full(
-            (*query_mask.shape, samples, sequences.shape[1]), self.config.generator_config.pad_token_id
-        )
-        shaped[query_mask] = sequences.unflatten(0, (-1, samples)) if samples else shaped[query_mask]
-        shaped = shaped.squeeze(2) if samples == 1 else shaped
         if isinstance(generated, torch.Tensor):
-            return shaped
-        generated.sequences = shaped
+            return self._per_query(generated, query_mask)
+        generated.sequences = self._per_query(generated.sequences, query_mask)
         return generated
+
+    def _per_query(self, sequences: torch.LongTensor, query_mask: torch.BoolTensor) -> torch.LongTensor:
+        """Puts K sequences (V*K, T) for each of V valid queries into their places: (N, Q, T), or (N, Q, K, T)."""
+        sequences = sequences.unflatten(0, (int(query_mask.sum()), -1))
+        if sequences.shape[1] == 1:
+            sequences = sequences.squeeze(1)
+        padding = self.config.generator_config.pad_token_id
+        placed = sequences.new_full((*query_mask.shape, *sequences.shape[1:]), padding)
+        placed[query_mask] = sequences
+        return placed
 
 
 # `ChexModel.forward` has an argument of the same name
@@ -411,7 +427,7 @@ def _full_mask(mask: torch.Tensor | None, queries: torch.Tensor) -> torch.BoolTe
     """The mask (N, Q) of queries (N, Q, ...), all true if there is none."""
     if mask is None:
         return torch.ones(queries.shape[:2], dtype=torch.bool, device=queries.device)
-    return mask.bool()
+    return mask.bool().expand(queries.shape[:2])
 
 
 __all__ = ["ChexModel", "ChexPreTrainedModel"]

@@ -46,8 +46,10 @@ class ChexOutput(ModelOutput):
             threshold.
         query_mask (`torch.BoolTensor` of shape `(N, Q)`): Valid queries.
         image_features ([`ChexImageFeatures`]): The encoded images; hand them back to ask further questions.
-        hidden_states, attentions, cross_attentions (`tuple(torch.FloatTensor)`, *optional*): Tokens entering each
-            block of prompt detector (and post decoder), and their attention weights.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*): Tokens entering the first block of the prompt detector,
+            then those leaving each block of it, and of the post decoder where it was used.
+        attentions, cross_attentions (`tuple(torch.FloatTensor)`, *optional*): Attention weights of the same blocks
+            (`attn_implementation="eager"` only): within the groups of tokens, and to the image.
     """
 
     boxes: torch.FloatTensor | None = None

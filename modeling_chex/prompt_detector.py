@@ -182,7 +182,8 @@ class ChexAttention(nn.Module):
         super().__init__()
         self.config = config  # holds the attention implementation
         hidden_size = config.projection_dim
-        self.head_dim = hidden_size // part_config.num_attention_heads
+        self.num_heads = part_config.num_attention_heads
+        self.head_dim = hidden_size // self.num_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = part_config.attention_dropout
         self.is_causal = False
@@ -200,24 +201,24 @@ class ChexAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if key_value_states is None:
             key_value_states = hidden_states
-        batch_size, length = hidden_states.shape[:2]
-        query = self.q_proj(hidden_states).view(batch_size, length, -1, self.head_dim).transpose(1, 2)
-        key = self.k_proj(key_value_states).view(batch_size, key_value_states.shape[1], -1, self.head_dim)
-        value = self.v_proj(key_value_states).view(batch_size, key_value_states.shape[1], -1, self.head_dim)
+        heads = (self.num_heads, self.head_dim)
+        query = self.q_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
+        key = self.k_proj(key_value_states).unflatten(-1, heads).transpose(1, 2)
+        value = self.v_proj(key_value_states).unflatten(-1, heads).transpose(1, 2)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         attn_output, attn_weights = attention_interface(
             self,
             query,
-            key.transpose(1, 2),
-            value.transpose(1, 2),
+            key,
+            value,
             attention_mask,
             scaling=self.scaling,
             dropout=self.attention_dropout if self.training else 0.0,
             **kwargs,
         )
-        return self.out_proj(attn_output.reshape(batch_size, length, -1)), attn_weights
+        return self.out_proj(attn_output.reshape(hidden_states.shape)), attn_weights
 
 
 class ChexDecoderLayer(GradientCheckpointingLayer):
@@ -393,8 +394,8 @@ class ChexPromptDetector(nn.Module):
         boxes = self.box_head(tokens).float().sigmoid()
         features = self.pool(patch_features, boxes, tokens, roi_skip)
 
-        shape = (*prompt_features.shape[:2], self.config.num_regions, -1)
-        boxes, features = boxes.view(shape), features.view(shape)
+        groups = (prompt_features.shape[1], self.config.num_regions)
+        boxes, features = boxes.unflatten(1, groups), features.unflatten(1, groups)
         if query_mask is not None:
             boxes = boxes * query_mask[..., None, None]
             features = features * query_mask[..., None, None]

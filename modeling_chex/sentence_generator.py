@@ -204,6 +204,9 @@ class ChexSentenceGenerator(PreTrainedModel, GenerationMixin):
             "attention_mask": torch.ones((num_sentences, 1), dtype=torch.long, device=device),
             "position_ids": torch.full((num_sentences, 1), self.config.position_offset, device=device),
         }
+        max_new_tokens = kwargs.get("max_new_tokens", getattr(generation_config, "max_new_tokens", None))
+        if max_new_tokens is not None:  # the two limits exclude each other, and the default is a `max_length`
+            kwargs |= {"max_new_tokens": None, "max_length": max_new_tokens + 1}
         return super().generate(features=features, generation_config=generation_config, **(start | kwargs))
 
 

@@ -19,6 +19,8 @@ from .detection import (
     anatomy_detection_loss,
     focal_loss,
     pathology_detection_loss,
+    presence_loss,
+    sentence_detection_loss,
 )
 from .matching import Matching, giou_cost, l1_cost, match_regions, pairwise
 from .reduction import SINGLE_PROCESS, Collectives
@@ -74,7 +76,9 @@ __all__ = [
     "pathology_classification_loss",
     "pathology_detection_loss",
     "pathology_objective",
+    "presence_loss",
     "random_subset",
+    "sentence_detection_loss",
     "sentence_contrastive_loss",
     "sentence_mse_loss",
     "sentence_objective",

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy
 
 from .matching import Matching, MatchingMode, ObjectiveMode, match_regions, pairwise
-from .reduction import SINGLE_PROCESS, Collectives, full_precision, keep_valid, mean_over_images
+from .reduction import SINGLE_PROCESS, Collectives, full_precision, keep_valid, masked_mean, mean_over_images
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,68 @@ def anatomy_detection_loss(
         single=single_sum / collectives.mean_count(single_count),
         multi=multi_sum / collectives.mean_count(multi_count),
     )
+
+
+@full_precision
+def presence_loss(
+    region_scores: Tensor, present: Tensor, annotated: Tensor, collectives: Collectives = SINGLE_PROCESS
+) -> Tensor:
+    """Cross-entropy of the region scores of anatomy queries with the presence of the anatomy in the image.
+
+    Not in the paper, whose anatomy scores are supervised by nothing: whether an anatomy then counts as found is left
+    to chance.
+
+    Args:
+        region_scores: (N, A, R) probabilities.
+        present: (N, A) bool.
+        annotated: (N, A) bool, anatomies whose presence is known.
+        collectives: the other processes of a distributed run.
+
+    Returns:
+        A scalar, the mean over annotated anatomies and regions.
+    """
+    target = present[..., None].expand_as(region_scores)
+    loss = binary_cross_entropy(region_scores, target.to(region_scores.dtype), reduction="none")
+    return masked_mean(loss, annotated[..., None].expand_as(loss), collectives)
+
+
+@full_precision
+def sentence_detection_loss(
+    region_boxes: Tensor,
+    region_scores: Tensor,
+    target_boxes: Tensor,
+    target_mask: Tensor,
+    options: DetectionOptions = DEFAULT_DETECTION,
+    objective_mode: ObjectiveMode = "corrected",
+    collectives: Collectives = SINGLE_PROCESS,
+) -> Tensor:
+    """The pathology detection loss for phrases whose boxes are annotated, without the class term of the cost.
+
+    Not in the paper, which has no such training data.
+
+    Args:
+        region_boxes: (N, S, R, 4).
+        region_scores: (N, S, R).
+        target_boxes: (N, S, T, 4), padded.
+        target_mask: (N, S, T) bool, valid targets; phrases without any take no part.
+
+    Returns:
+        A scalar.
+    """
+    no_class = region_boxes.new_zeros(region_boxes.shape[1], 1)
+    return pathology_detection_loss(
+        region_boxes,
+        region_scores,
+        region_boxes.new_zeros(*region_scores.shape, 1),
+        no_class,
+        no_class,
+        target_boxes,
+        target_mask,
+        target_mask.any(dim=-1),
+        options,
+        objective_mode,
+        collectives,
+    ).loss
 
 
 def _mean_of_assigned(values: Tensor, assigned: Tensor) -> Tensor:

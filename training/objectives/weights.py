@@ -10,18 +10,22 @@ from torch import Tensor
 class ObjectiveWeights:
     """Coefficient of each term of the step loss; a term with coefficient 0 is off and need not be computed.
 
-    `STAGE1_WEIGHTS`, `STAGE2_WEIGHTS` and `STAGE3_WEIGHTS` hold the paper's.
+    `STAGE1_WEIGHTS`, `STAGE2_WEIGHTS` and `STAGE3_WEIGHTS` hold the paper's. Two terms are not the paper's and off by
+    default: `sentence_detection` learns from boxes that are annotated for a phrase, `anatomy_presence` teaches the
+    region scores of anatomy queries, which nothing else supervises.
     """
 
     global_contrastive: float = 0.0
     sentence_contrastive: float = 0.0
     sentence_mse: float = 0.0
     sentence_generation: float = 0.0
+    sentence_detection: float = 0.0
     pathology_detection: float = 0.0
     pathology_classification: float = 0.0
     anatomy_detection: float = 0.0
     anatomy_classification: float = 0.0
     anatomy_mse: float = 0.0
+    anatomy_presence: float = 0.0
     anatomy_generation: float = 0.0
 
     def active(self) -> frozenset[str]:

@@ -1,0 +1,253 @@
+"""Training configuration: typed YAML files with dotted overrides, checked key by key."""
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import PreTrainedConfig
+
+from training.objectives import (
+    AnatomyOptions,
+    ObjectiveWeights,
+    PathologyOptions,
+    SentenceOptions,
+)
+
+
+CONFIG_DIR = Path(__file__).parent / "configs"
+
+
+@dataclass
+class DataConfig:
+    """What to train on: the phantom, described by the fields of its builder configuration."""
+
+    dataset: str = "phantom"
+    cache_dir: str = "runs/data"
+    seed: int = 7
+    image_size: int = 128
+    num_train: int = 8000
+    num_validation: int = 400
+    num_test: int = 800
+    num_proc: int = 2
+
+
+@dataclass
+class AugmentationConfig:
+    """Random changes of training images; the defaults are the paper's, without the mirroring of named sides."""
+
+    crop_area: tuple[float, float] = (0.5, 1.0)
+    crop_aspect: tuple[float, float] = (0.75, 4 / 3)
+    rotation: float = 10.0
+    translation: float = 0.02
+    scale: tuple[float, float] = (0.95, 1.0)
+    flip_probability: float = 0.0
+    brightness: float = 0.4
+    contrast: float = 0.4
+    blur_probability: float = 0.5
+    blur_sigma: tuple[float, float] = (0.1, 5.0)
+
+
+@dataclass
+class OptimizationConfig:
+    """AdamW with cosine schedule. `max_steps` (optimiser updates) has precedence over `epochs`."""
+
+    batch_size: int = 256
+    gradient_accumulation_steps: int = 1
+    epochs: int = 50
+    max_steps: int | None = None
+    learning_rate: float = 1e-4
+    min_learning_rate: float = 1e-7
+    warmup_steps: int = 1000
+    weight_decay: float = 1e-5
+    max_grad_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "gradient_accumulation_steps", "epochs", "learning_rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)!r}.")
+
+
+@dataclass
+class ObjectiveConfig:
+    """Which terms with which coefficients and settings (section 3.3 of the paper)."""
+
+    weights: ObjectiveWeights = field(default_factory=ObjectiveWeights)
+    sentence: SentenceOptions = field(default_factory=SentenceOptions)
+    pathology: PathologyOptions = field(default_factory=PathologyOptions)
+    anatomy: AnatomyOptions = field(default_factory=AnatomyOptions)
+    mode: Literal["corrected", "official"] = "corrected"
+    region_encoding: Literal["token", "bbox", "random"] = "token"
+    multi_anatomies: bool = True
+    anatomies_per_step: int | None = 20  # for detection and MSE
+    anatomies_per_classification: int | None = None  # with a number: decode only so many, for all terms
+    classes_per_step: int | None = 10
+    sentences_per_image: int | None = None
+    sentences_per_generation: int = 32
+
+
+@dataclass
+class TrackingConfig:
+    """How often to log, validate and save, in optimiser updates; 0 validates and saves at the end only."""
+
+    log_every: int = 20
+    validate_every: int = 0
+    validation_images: int = 256
+    save_every: int = 0
+    trackers: tuple[str, ...] = ()
+
+
+@dataclass
+class StageConfig:
+    """One training stage. Validated when it is loaded; see `load_config`."""
+
+    stage: str = ""
+    output_dir: str = ""
+    init_from: str | None = None
+    generator_from: str | None = None
+    trainable: tuple[str, ...] = ()
+    frozen_vision_layers: int = 0
+    keep_frozen_in_train_mode: bool = False
+    model: dict[str, Any] = field(default_factory=dict)
+    prompt_vocab_size: int = 1024
+    generator_vocab_size: int = 1024
+    seed: int = 42
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    num_workers: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    objectives: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
+    """
+    Reads a YAML file and applies overrides such as `optimization.batch_size=64` (values are YAML).
+
+    Raises:
+        ValueError: An unknown key (the message names the nearest valid one), a value of the wrong type, a malformed
+            override, or a file that is not a YAML mapping.
+        FileNotFoundError: There is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no training configuration at {path}.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of configuration keys, not a {type(values).__name__}.")
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise ValueError(f"The override {override!r} must have the form section.key=value.")
+        section = values
+        *parents, last = key.split(".")
+        for parent in parents:
+            if not isinstance(section.setdefault(parent, {}), dict):
+                raise ValueError(f"The override {override!r} goes through {parent!r}, which is not a section.")
+            section = section[parent]
+        try:
+            section[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"The value of the override {override!r} is not valid YAML; quote it if it is text."
+            ) from error
+    return _build(StageConfig, values, str(path))
+
+
+def model_keys(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Settings that a model configuration has; those of a part are the value of its key, otherwise it is None."""
+    known = dict.fromkeys([*(item.name for item in fields(config_class)), *config_class.attribute_map])
+    for name, part in getattr(config_class, "sub_configs_defaults", {}).items():
+        known[name] = model_keys(getattr(part, "config_class", part))
+    return known | {"attn_implementation": None}
+
+
+def check_model_keys(values: Mapping[str, Any], known: Mapping[str, Any], where: str = "model") -> None:
+    """
+    Checks the free section `model` of a stage, because model configurations silently keep what they do not know.
+
+    Args:
+        known: Settings with an effect in this stage, as from `model_keys`.
+
+    Raises:
+        ValueError: A setting has no effect; the message names the nearest one that has.
+    """
+    _check_keys(values, known, where)
+    for key, value in values.items():
+        if known[key] is not None and isinstance(value, Mapping):
+            check_model_keys(value, known[key], f"{where}.{key}")
+
+
+def _check_keys(values: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else f"Known keys: {', '.join(known) or 'none'}."
+            raise ValueError(f"{where}: unknown key {key!r}. {hint}")
+
+
+def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    _check_keys(values, {item.name: item for item in fields(cls)}, where)
+    hints = typing.get_type_hints(cls)
+    arguments = {key: _convert(hints[key], value, f"{where}: {key}") for key, value in values.items()}
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """The value as the annotated type: sections become dataclasses, lists tuples, integers floats."""
+    if is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} is a section and needs a mapping of keys, not {value!r}.")
+        return _build(hint, value, where)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(kind for kind in arguments if kind is not type(None)), value, where)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise ValueError(f"{where} must be one of {', '.join(map(repr, arguments))}, not {value!r}.")
+        return value
+    if origin is tuple:
+        variadic = arguments[-1] is Ellipsis
+        if not isinstance(value, list | tuple) or not (variadic or len(value) == len(arguments)):
+            raise ValueError(f"{where} must be a list of {'values' if variadic else len(arguments)}, not {value!r}.")
+        kinds = [arguments[0]] * len(value) if variadic else arguments
+        return tuple(_convert(kind, item, where) for kind, item in zip(kinds, value, strict=True))
+    kind = origin or hint
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4 as text
+        except ValueError:
+            pass
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{where} must be of type {kind.__name__}, not {value!r}.")
+    return value
+
+
+__all__ = [
+    "CONFIG_DIR",
+    "AugmentationConfig",
+    "DataConfig",
+    "ObjectiveConfig",
+    "OptimizationConfig",
+    "StageConfig",
+    "TrackingConfig",
+    "check_model_keys",
+    "load_config",
+    "model_keys",
+]

@@ -1,0 +1,29 @@
+"""
+Stage 1: image encoder and prompt detector learn to locate and classify what sentences, anatomy names and pathology
+names ask for (section 3.3 of the paper).
+
+    accelerate launch training/stage1.py --config training/configs/phantom/stage1.yaml output_dir=runs/stage1 \
+        init_from=runs/clip/model
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from training.configuration import StageConfig, check_model_keys
+from training.loop import StageParts, load_stage_model, parse_arguments, run_as_script, run_stage
+from training.stages import supervised_stage
+
+
+def build(config: StageConfig) -> StageParts:
+    check_model_keys(config.model, {})
+    model, processor = load_stage_model(config.init_from, "Stage 1", post_decoder_config=None, generator_config=None)
+    return supervised_stage(config, model, processor)
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    config, overwrite = parse_arguments("stage1", argv, __doc__)
+    return run_stage(config, build, overwrite)
+
+
+if __name__ == "__main__":
+    run_as_script(main)

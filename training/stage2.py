@@ -1,0 +1,33 @@
+"""
+Stage 2: the post decoder learns to refine region features while everything else stays frozen (section 3.3 of the
+paper).
+
+    accelerate launch training/stage2.py --config training/configs/phantom/stage2.yaml output_dir=runs/stage2 \
+        init_from=runs/stage1/model
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from modeling_chex import ChexPostDecoderConfig
+from training.configuration import StageConfig, check_model_keys, model_keys
+from training.loop import StageParts, load_stage_model, parse_arguments, run_as_script, run_stage
+from training.stages import supervised_stage
+
+
+def build(config: StageConfig) -> StageParts:
+    check_model_keys(config.model, {"post_decoder_config": model_keys(ChexPostDecoderConfig)})
+    post_decoder_config = config.model.get("post_decoder_config", {})
+    model, processor = load_stage_model(
+        config.init_from, "Stage 2", post_decoder_config=post_decoder_config, generator_config=None
+    )
+    return supervised_stage(config, model, processor)
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    config, overwrite = parse_arguments("stage2", argv, __doc__)
+    return run_stage(config, build, overwrite)
+
+
+if __name__ == "__main__":
+    run_as_script(main)

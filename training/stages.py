@@ -1,0 +1,36 @@
+"""What stages 1 to 3 have in common."""
+
+from pathlib import Path
+
+from modeling_chex import ChexModel
+from processing_chex import ChexProcessor
+from processing_chex.prompt_sets import class_prompts
+from training.configuration import StageConfig
+from training.loop import StageParts, read_records, set_trainable
+from training.supervision import ChexSupervision
+
+
+def supervised_stage(config: StageConfig, model: ChexModel, processor: ChexProcessor) -> StageParts:
+    """Data and supervision of a model whose parts are trained as the configuration says."""
+    train, validation, texts = read_records(config.data, processor)
+    set_trainable(model, config.trainable, config.frozen_vision_layers)
+    supervision = ChexSupervision(
+        model,
+        processor.image_processor,
+        processor.tokenizer,
+        processor.generator_tokenizer,
+        class_prompts(config.data.dataset),
+        texts.texts,
+        config.objectives,
+        config.augmentation,
+        config.keep_frozen_in_train_mode,
+    )
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    return StageParts(supervision, train, validation, save)
+
+
+__all__ = ["supervised_stage"]
