@@ -1,6 +1,7 @@
 """Configuration of ChEX: two CLIP encoders, prompt detector, post decoder and sentence generator."""
 
 from dataclasses import field
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
@@ -169,6 +170,14 @@ class ChexConfig(PreTrainedConfig):
         if isinstance(generator, dict):
             self.generator_config = {"feature_size": self.projection_dim} | generator
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As of the base class; a part that `config_dict` lacks can be added by keyword (to start the next stage)."""
+        for name in ("post_decoder_config", "generator_config"):
+            if name in kwargs and config_dict.get(name) is None:
+                config_dict = config_dict | {name: kwargs.pop(name)}
+        return super().from_dict(config_dict, **kwargs)
 
     def validate_architecture(self):
         """Checks across the parts, run by `@strict`."""

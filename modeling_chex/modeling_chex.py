@@ -40,6 +40,12 @@ class ChexPreTrainedModel(PreTrainedModel):
         "cross_attentions": OutputRecorder(ChexAttention, index=1, layer_name="cross_attn"),
     }
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # Code from outside the library is expected to overwrite loaded weights when it initialises, so modules without
+        # parameters of their own, such as attention, are skipped. `_init_weights` below respects what is loaded.
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         # The encoders and the generator are models of their own and initialise themselves.

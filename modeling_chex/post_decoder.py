@@ -55,7 +55,7 @@ class ChexPostDecoder(nn.Module):
         keys = None
         if region_keep_mask is not None:
             keys = torch.cat([torch.ones_like(region_keep_mask[..., :1]), region_keep_mask], dim=-1)
-        if self.legacy and num_queries > 0 and (query_mask is not None or group_size > 1):
+        if self.legacy and (query_mask is not None or group_size > 1):
             if keys is None:
                 keys = torch.ones(features.shape[:3], dtype=torch.bool, device=features.device)
             if query_mask is not None:

@@ -267,6 +267,8 @@ class ChexDecoderLayer(GradientCheckpointingLayer):
             attention_mask (`torch.Tensor`, *optional*, broadcastable to `(N*T/group_size, heads, group_size,
                 group_size)`): Additive mask.
         """
+        if hidden_states.numel() == 0:  # no queries; the attention functions of the library reject empty batches
+            return hidden_states
         shape = hidden_states.shape
         tokens = self.self_attn_layer_norm(hidden_states).reshape(-1, group_size, shape[-1])
         tokens, _ = self.self_attn(tokens, attention_mask=attention_mask, **kwargs)
@@ -339,7 +341,7 @@ class ChexPromptDetector(nn.Module):
         tokens = (prompt_features[:, :, None] + self.region_tokens.to(prompt_features.dtype)).flatten(1, 2)
         source = (patch_features + position_embeddings).flatten(1, 2)
         group_size, attention_mask = num_regions, None
-        if self.legacy and query_mask is not None and tokens.shape[1] > 0:
+        if self.legacy and query_mask is not None:
             group_size = tokens.shape[1]
             visible = legacy_visibility(query_mask.repeat_interleave(num_regions, dim=1), num_regions)
             attention_mask = additive_attention_mask(visible, tokens.dtype)

@@ -82,6 +82,10 @@ class ChexSentenceGenerator(PreTrainedModel, GenerationMixin):
         if self.generation_config.max_length is None:
             self.generation_config.max_length = config.max_generation_length
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        return False  # see `ChexPreTrainedModel`
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         if isinstance(module, nn.Linear):  # the prefix projection; GPT-2 initialises itself

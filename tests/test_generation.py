@@ -238,12 +238,11 @@ def test_generator_alone(tmp_path, model, generator, features):
     assert_same_state(loaded, generator)
     assert loaded.language_model.lm_head.weight is loaded.language_model.transformer.wte.weight
     assert isinstance(AutoConfig.from_pretrained(tmp_path), ChexGeneratorConfig)
-    assert loaded.config.to_dict() == generator.config.to_dict() | {
-        key: loaded.config.to_dict()[key] for key in ("architectures", "dtype") if key in loaded.config.to_dict()
-    }
+    ours, theirs = generator.config.to_dict(), loaded.config.to_dict()
+    assert {key for key in ours if ours[key] != theirs[key]} <= {"_name_or_path", "architectures", "dtype"}
     flat = features.flatten(0, 1)
     assert torch.equal(loaded.generate(features=flat, **ENDLESS), generator.generate(features=flat, **ENDLESS))
-    with pytest.raises(ValueError, match="gradient checkpointing"):
+    with pytest.raises(ValueError, match="does not support .* checkpointing"):
         loaded.gradient_checkpointing_enable()
 
 

@@ -117,6 +117,7 @@ class StageConfig:
     generator_vocab_size: int = 1024
     seed: int = 42
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    attn_implementation: str | None = None
     num_workers: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)

@@ -21,7 +21,6 @@ from training.collate import Batch, TextTable
 from training.configuration import AugmentationConfig, ObjectiveConfig
 from training.distributed import process_collectives
 from training.objectives import (
-    anatomy_classification_loss,
     anatomy_objective,
     choose_for_generation,
     choose_synonyms,
@@ -30,6 +29,7 @@ from training.objectives import (
     random_subset,
     sentence_detection_loss,
     sentence_objective,
+    statement_loss,
     subsample_classes,
     weighted_sum,
 )
@@ -399,6 +399,16 @@ class ChexSupervision(ImageSupervision):
             collectives=process_collectives(),
             **arguments,
         )
+        if "anatomy_statement" in terms:
+            labels = batch.anatomy_labels[:, anatomies]
+            losses["anatomy_statement"] = statement_loss(
+                features,
+                positive,
+                negative,
+                labels,
+                present[..., None].expand_as(labels),
+                collectives=process_collectives(),
+            )
         if "anatomy_presence" in terms and answer is not None:
             losses["anatomy_presence"] = presence_loss(
                 answer["region_scores"][:, :count], present, torch.ones_like(present), process_collectives()
@@ -468,7 +478,7 @@ class ContrastiveSupervision(ImageSupervision):
         )
         self.register_buffer("text_ids", ids, persistent=False)
         self.register_buffer("text_lengths", mask.sum(-1), persistent=False)
-        self.logit_scale = nn.Parameter(torch.full((2,), 2.6592))  # as CLIP's; for images and for regions
+        self.logit_scale = nn.Parameter(torch.full((3,), 2.6592))  # as CLIP's; for each loss
         self.sentences_per_image, self.regions_per_image = sentences_per_image, regions_per_image
 
     def forward(self, batch: Batch, seed: int) -> dict[str, Tensor]:
@@ -497,13 +507,13 @@ class ContrastiveSupervision(ImageSupervision):
         }
 
     def _classification(self, image_features: ChexImageFeatures, batch: Batch) -> Tensor:
-        """The anatomy classification objective on pooled patches: it parts the prompts "X" and "No X"."""
+        """Pooled patches of every annotated region choose between "X" and "No X" for every finding."""
         prompts = self.model.get_prompt_features(self.text_ids[self.statements.flatten()])
         positive, negative = prompts.unflatten(0, self.statements.shape)
         pooled = soft_roi_pool(image_features.patch_features, batch.anatomy_boxes)
         observed = batch.anatomy_present[..., None].expand_as(batch.anatomy_labels)
-        losses = anatomy_classification_loss(pooled, positive, negative, batch.anatomy_labels, observed)
-        return (losses * batch.anatomy_present).sum() / batch.anatomy_present.sum().clamp_min(1)
+        temperature = self.logit_scale[2].clamp(max=4.6052).neg().exp()
+        return statement_loss(pooled, positive, negative, batch.anatomy_labels, observed, temperature)
 
     def _regions(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes (N, K, 4), their texts (N, K) and valid ones (N, K): some anatomies and all findings of each image."""

@@ -11,6 +11,7 @@ from .contrastive import (
     pathology_classification_loss,
     sentence_contrastive_loss,
     sentence_mse_loss,
+    statement_loss,
 )
 from .detection import (
     AnatomyDetectionLoss,
@@ -82,6 +83,7 @@ __all__ = [
     "sentence_contrastive_loss",
     "sentence_mse_loss",
     "sentence_objective",
+    "statement_loss",
     "subsample_classes",
     "subsample_classes_by_frequency",
     "weighted_sum",

@@ -10,9 +10,10 @@ from torch import Tensor
 class ObjectiveWeights:
     """Coefficient of each term of the step loss; a term with coefficient 0 is off and need not be computed.
 
-    `STAGE1_WEIGHTS`, `STAGE2_WEIGHTS` and `STAGE3_WEIGHTS` hold the paper's. Two terms are not the paper's and off by
+    `STAGE1_WEIGHTS`, `STAGE2_WEIGHTS`, `STAGE3_WEIGHTS` hold the paper's. Three terms are not the paper's and off by
     default: `sentence_detection` learns from boxes that are annotated for a phrase, `anatomy_presence` teaches the
-    region scores of anatomy queries, which nothing else supervises.
+    region scores of anatomy queries, which nothing else supervises, and `anatomy_statement` is a classification of
+    regions in which rare findings weigh as much as their absence.
     """
 
     global_contrastive: float = 0.0
@@ -26,6 +27,7 @@ class ObjectiveWeights:
     anatomy_classification: float = 0.0
     anatomy_mse: float = 0.0
     anatomy_presence: float = 0.0
+    anatomy_statement: float = 0.0
     anatomy_generation: float = 0.0
 
     def active(self) -> frozenset[str]:
