@@ -69,9 +69,11 @@ def run_demo(output_dir: str | Path = "runs/demo", fast: bool = False) -> Path:
     data = load_data(load_config(CONFIG_DIR / "phantom" / "stage3.yaml", _overrides(work_dir, fast)).data)
     trained, model_dir = work_dir / "stage3" / "model", output_dir / "model"
     if not _same_file(trained / "model.safetensors", model_dir / "model.safetensors"):
+        partial = model_dir.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(trained, partial)
         shutil.rmtree(model_dir, ignore_errors=True)
-        shutil.copytree(trained, model_dir.with_suffix(".partial"), dirs_exist_ok=True)
-        model_dir.with_suffix(".partial").rename(model_dir)
+        partial.rename(model_dir)
 
     model, processor = ChexModel.from_pretrained(model_dir), ChexProcessor.from_pretrained(model_dir)
     device = "cuda" if torch.cuda.is_available() else "cpu"

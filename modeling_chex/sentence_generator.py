@@ -1,5 +1,7 @@
 """Sentence generator: GPT-2 conditioned on region features through a key/value prefix (paper, section 3.2)."""
 
+import copy
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -208,9 +210,12 @@ class ChexSentenceGenerator(PreTrainedModel, GenerationMixin):
             "attention_mask": torch.ones((num_sentences, 1), dtype=torch.long, device=device),
             "position_ids": torch.full((num_sentences, 1), self.config.position_offset, device=device),
         }
-        max_new_tokens = kwargs.get("max_new_tokens", getattr(generation_config, "max_new_tokens", None))
-        if max_new_tokens is not None:  # the two limits exclude each other, and the default is a `max_length`
-            kwargs |= {"max_new_tokens": None, "max_length": max_new_tokens + 1}
+        # The two limits exclude each other and the default is a `max_length`, so it has to replace `max_new_tokens`.
+        if generation_config is not None and generation_config.max_new_tokens is not None:
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.update(max_length=generation_config.max_new_tokens + 1, max_new_tokens=None)
+        if kwargs.get("max_new_tokens") is not None:
+            kwargs |= {"max_length": kwargs["max_new_tokens"] + 1, "max_new_tokens": None}
         return super().generate(features=features, generation_config=generation_config, **(start | kwargs))
 
 

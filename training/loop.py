@@ -27,7 +27,7 @@ from modeling_chex import ChexModel
 from processing_chex import ChexProcessor
 from training.collate import RecordDataset, TextTable, first
 from training.configuration import CONFIG_DIR, DataConfig, OptimizationConfig, StageConfig, load_config
-from training.data.phantom import phantom_datasets
+from training.data.phantom import PhantomChestXray, phantom_datasets
 from training.supervision import Supervision
 
 
@@ -58,19 +58,15 @@ def load_data(config: DataConfig) -> datasets.DatasetDict:
     """The splits of the configured data set, built on first use."""
     if config.dataset != "phantom":
         raise ValueError(f"data.dataset is {config.dataset!r}, but only 'phantom' is available.")
-    splits = phantom_datasets(
-        config.cache_dir,
-        num_proc=config.num_proc,
-        seed=config.seed,
-        image_size=config.image_size,
-        num_train=config.num_train,
-        num_validation=config.num_validation,
-        num_test=config.num_test,
-    )
+    splits = phantom_datasets(config.cache_dir, num_proc=config.num_proc, **_phantom_fields(config))
     for name in ("train", "validation"):
         if name not in splits:
             raise ValueError(f"The data has no {name} split, which training needs: set data.num_{name} above 0.")
     return splits
+
+
+def _phantom_fields(config: DataConfig) -> dict[str, int]:
+    return {name: getattr(config, name) for name in ("seed", "image_size", "num_train", "num_validation", "num_test")}
 
 
 @functools.lru_cache(maxsize=1)
@@ -182,7 +178,10 @@ def run_stage(config: StageConfig, build: Callable[[StageConfig], StageParts], o
     """
     output_dir = Path(config.output_dir)
     model_dir, config_path = output_dir / "model", output_dir / "config.yaml"
-    resolved = yaml.safe_dump(json.loads(json.dumps(config.to_dict())), sort_keys=False)
+    # the name of the build changes with the code that draws the phantom
+    build_name = Path(PhantomChestXray(cache_dir=config.data.cache_dir, **_phantom_fields(config.data)).cache_dir)
+    described = json.loads(json.dumps(config.to_dict())) | {"data_build": build_name.parent.name}
+    resolved = yaml.safe_dump(described, sort_keys=False)
     same = config_path.is_file() and config_path.read_text(encoding="utf-8") == resolved
     same = same and not _older_than(config_path, (config.init_from, config.generator_from))
     if same and not overwrite and (model_dir / "config.json").is_file():

@@ -223,11 +223,14 @@ class ChexSupervision(ImageSupervision):
                 chosen = chosen if self._detects_multi() else anatomies
                 queries["anatomies"] = (prompts[chosen].expand(num_images, -1, -1), None)
 
-        positive, negative = self.positives.sample(shared), self.negatives.sample(shared)
+        positive, negative = (
+            bank.sample(shared) if self.training else bank.mean() for bank in (self.positives, self.negatives)
+        )
         classes = None
         if terms & {"pathology_detection", "pathology_classification"}:
             available = torch.ones(len(positive), dtype=torch.bool, device=device)
-            classes = subsample_classes(available, options.classes_per_step, shared).nonzero().squeeze(1)
+            limit = options.classes_per_step if self.training else None
+            classes = subsample_classes(available, limit, shared).nonzero().squeeze(1)
             queries["classes"] = (positive[classes].expand(num_images, -1, -1), None)
 
         answers = self._answer(image_features, queries)
@@ -416,7 +419,7 @@ class ChexSupervision(ImageSupervision):
         if "anatomy_generation" in terms:
             texts = batch.anatomy_texts[:, anatomies]
             losses["anatomy_generation"] = self._generation_loss(features, texts, (texts >= 0) & present & kept, local)
-        if answer is not None and not self.training:
+        if answer is not None and not self.training and present.any():
             corners = center_to_corners_format(answer["boxes"][:, :count])
             targets = center_to_corners_format(boxes)
             iou = torch.stack([box_iou(c, t)[0].diagonal() for c, t in zip(corners, targets, strict=True)])
@@ -535,6 +538,8 @@ class ContrastiveSupervision(ImageSupervision):
         return boxes, texts, mask
 
     def _loss(self, features: Tensor, texts: Tensor, positives: Tensor, logit_scale: Tensor) -> Tensor:
+        if len(texts) == 0:
+            return features.sum() * 0.0
         text_features = self.model.get_prompt_features(self.text_ids[texts, : int(self.text_lengths[texts].max())])
         scale = logit_scale.clamp(max=4.6052).exp()
         logits = scale * F.normalize(features, dim=-1) @ F.normalize(text_features, dim=-1).mT

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy
 
 from .matching import Matching, MatchingMode, ObjectiveMode, match_regions, pairwise
 from .reduction import SINGLE_PROCESS, Collectives, full_precision, keep_valid, masked_mean, mean_over_images
@@ -264,8 +263,8 @@ def presence_loss(
     Returns:
         A scalar, the mean over annotated anatomies and regions.
     """
-    target = present[..., None].expand_as(region_scores)
-    loss = binary_cross_entropy(region_scores, target.to(region_scores.dtype), reduction="none")
+    likelihood = torch.where(present[..., None], region_scores, 1 - region_scores)
+    loss = -likelihood.clamp(min=1e-7).log()
     return masked_mean(loss, annotated[..., None].expand_as(loss), collectives)
 
 
