@@ -607,7 +607,11 @@ def test_the_configuration_of_a_run_is_kept(runs):
 
 def environment(**extra):
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | extra
+    return (
+        os.environ
+        | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads()), "ACCELERATE_USE_CPU": "true"}
+        | extra
+    )
 
 
 def script(stage, *argv):

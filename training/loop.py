@@ -178,10 +178,10 @@ def run_stage(config: StageConfig, build: Callable[[StageConfig], StageParts], o
     """
     output_dir = Path(config.output_dir)
     model_dir, config_path = output_dir / "model", output_dir / "config.yaml"
-    # the name of the build changes with the code that draws the phantom
-    build_name = Path(PhantomChestXray(cache_dir=config.data.cache_dir, **_phantom_fields(config.data)).cache_dir)
-    described = json.loads(json.dumps(config.to_dict())) | {"data_build": build_name.parent.name}
-    resolved = yaml.safe_dump(described, sort_keys=False)
+    resolved = yaml.safe_dump(json.loads(json.dumps(config.to_dict())), sort_keys=False)
+    # the name of the build changes with the code that draws the phantom; as a comment, the file stays a configuration
+    build_dir = Path(PhantomChestXray(cache_dir=config.data.cache_dir, **_phantom_fields(config.data)).cache_dir)
+    resolved += f"# data build: {build_dir.parent.name}\n"
     same = config_path.is_file() and config_path.read_text(encoding="utf-8") == resolved
     same = same and not _older_than(config_path, (config.init_from, config.generator_from))
     if same and not overwrite and (model_dir / "config.json").is_file():

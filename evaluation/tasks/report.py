@@ -70,15 +70,18 @@ class ReportGeneration(Task):
     """Micro-F1 of the positive findings of whole reports, against those stated in the reference reports.
 
     Queries: the finding classes, then the 15 report regions, post decoder on. Regions whose feature is closer to the
-    mean negative than to the mean positive class prompt are dropped before generation; finding queries always stay.
+    mean negative than to the mean positive class prompt are dropped before generation. Of the finding queries those
+    stay that found something; `all_findings` keeps all, as the paper does. (Training never asks for
+    a description of a finding that is absent, so a small model answers such a query at random.)
     """
 
     name = "report_generation"
     headline = "report_f1"
     needs_text = True
 
-    def __init__(self, context: EvaluationContext, max_sentences: int = 10):
+    def __init__(self, context: EvaluationContext, max_sentences: int = 10, all_findings: bool = False):
         super().__init__(context)
+        self.all_findings = all_findings
         self.max_sentences = max_sentences
         regions = [ANATOMY_NAMES[index] for index in REPORT_ANATOMY_INDICES]
         self._names = [*context.prompts.names, *regions]
@@ -95,7 +98,8 @@ class ReportGeneration(Task):
         output = model(image_features=batch.image_features, prompt_features=self._prompts, clip_boxes=True)
         probability = model.classify(output.query_features, self._positive, self._negative).squeeze(-1)
         kept = probability > 0.5
-        kept[:, : self._num_classes] = True
+        found = output.present[:, : self._num_classes]
+        kept[:, : self._num_classes] = True if self.all_findings else found
         self._features.append(output.query_features[kept])
         boxes = corners(output.region_boxes)
         weights = output.region_scores.double().cpu().numpy()
