@@ -12,7 +12,7 @@ from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 @strict
 class ChexDetectorConfig(PreTrainedConfig):
     r"""
-    Prompt detector (paper, section 3.2): a DETR-like decoder whose tokens are prompt features.
+    Prompt detector (ChEX, ECCV 2024): a DETR-like decoder whose tokens are prompt features.
 
     Args:
         num_layers (`int`, defaults to 6): Decoder blocks (self-attention, cross-attention, feed-forward).
@@ -52,7 +52,7 @@ class ChexDetectorConfig(PreTrainedConfig):
 @strict
 class ChexPostDecoderConfig(PreTrainedConfig):
     r"""
-    Post decoder (paper, section 3.2), which refines region features once the detector is trained.
+    Post decoder (ChEX, ECCV 2024), which refines region features once the detector is trained.
 
     Args:
         num_layers (`int`, defaults to 3): Decoder blocks, of the same kind as the detector's.

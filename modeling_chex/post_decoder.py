@@ -1,4 +1,4 @@
-"""Post decoder: refines region features with each other and with the image (paper, section 3.2; stages 2 and 3)."""
+"""Post decoder: refines region features with each other and with the image (ChEX, ECCV 2024; stages 2 and 3)."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Prompt detector: decodes prompt tokens into region boxes and region features (paper, section 3.2)."""
+"""Prompt detector: decodes prompt tokens into region boxes and region features (ChEX, ECCV 2024)."""
 
 from collections.abc import Callable
 
@@ -56,7 +56,7 @@ def soft_roi_weights(
     boxes: torch.Tensor, height: int, width: int, beta: float | torch.Tensor = 2.0, legacy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
-    Soft RoI map of the paper (section 3.2, "RoI pooling"), which is separable:
+    Soft RoI map of the paper, which is separable:
     \(s(h, w) = \exp(-(|x_w - c_x| / b_w)^\beta) \exp(-(|y_h - c_y| / b_h)^\beta)\), scaled to a maximum of 1 over the
     grid. Note that the full width and height are the scale, and that pooling is a sum, not a mean.
 

@@ -1,4 +1,4 @@
-"""Sentence generator: GPT-2 conditioned on region features through a key/value prefix (paper, section 3.2)."""
+"""Sentence generator: GPT-2 conditioned on region features through a key/value prefix (ChEX, ECCV 2024)."""
 
 import copy
 

@@ -74,7 +74,7 @@ class OptimizationConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """Which terms with which coefficients and settings (section 3.3 of the paper)."""
+    """Which terms with which coefficients and settings."""
 
     weights: ObjectiveWeights = field(default_factory=ObjectiveWeights)
     sentence: SentenceOptions = field(default_factory=SentenceOptions)

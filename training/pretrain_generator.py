@@ -1,6 +1,6 @@
 """
 Generator pre-training: the sentence generator learns to write a sentence from the feature that the frozen prompt
-encoder gives to it (section 3.4 of the paper).
+encoder gives to it.
 
     accelerate launch training/pretrain_generator.py --config training/configs/phantom/pretrain_generator.yaml \
         output_dir=runs/generator init_from=runs/clip/model

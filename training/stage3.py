@@ -1,5 +1,5 @@
 """
-Stage 3: sentence generator and post decoder learn to describe regions (section 3.3 of the paper).
+Stage 3: sentence generator and post decoder learn to describe regions.
 
     accelerate launch training/stage3.py --config training/configs/phantom/stage3.yaml output_dir=runs/stage3 \
         init_from=runs/stage2/model generator_from=runs/generator/model

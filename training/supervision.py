@@ -157,7 +157,7 @@ class ImageSupervision(Supervision):
 
 class ChexSupervision(ImageSupervision):
     """
-    Stages 1 to 3 (section 3.3): sentence, anatomy and pathology queries with the objectives that have a coefficient.
+    Stages 1 to 3 of the paper: sentence, anatomy and pathology queries with the objectives that have a coefficient.
 
     Queries are independent in grouped attention mode, so one detector pass decodes all of them; in legacy mode the
     three kinds get a pass of their own, as in the official code.
@@ -561,7 +561,7 @@ def _multi_positive_loss(logits: Tensor, positives: Tensor) -> Tensor:
 
 class GeneratorSupervision(Supervision):
     """
-    Generator pre-training (section 3.4): a sentence is reconstructed from its own prompt feature, which is repeated
+    Generator pre-training: a sentence is reconstructed from its own prompt feature, which is repeated
     one to four times and partly dropped.
     """
 

@@ -54,7 +54,7 @@ class GeometricTransform:
 
 class Augmentation:
     """
-    Random resized crop, mirror, affine map, brightness and contrast, blur; section 2.4 of the data description.
+    Random resized crop, mirror, affine map, brightness and contrast, blur, with the official ranges.
 
     Crop, mirror and affine map are composed into one matrix and the image is resampled once, where the official
     pipeline resamples after every step.
