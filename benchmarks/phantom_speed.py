@@ -4,15 +4,10 @@ Run from the repository root: `python benchmarks/phantom_speed.py`.
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from training.data.phantom import phantom_record, render_phantom  # noqa: E402
+from training.data.phantom import phantom_record, render_phantom
 
 
 def images_per_second(function: Callable, size: int, count: int, rounds: int) -> float:

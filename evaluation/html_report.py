@@ -69,7 +69,7 @@ STAGES: dict[str, tuple[str, str]] = {
         "Generator pre-training",
         "The language model learns to write sentences.",
     ),
-    "stage3": ("Stage 3", "All parts together learn to describe regions in sentences."),
+    "stage3": ("Stage 3", "Post decoder and sentence generator learn to describe regions in sentences."),
 }
 _RESERVED = {"stage", "split", "step", "seconds", "lr", "epoch", "samples", "images", "update", "time"}
 _VALIDATION_PREFIXES = ("val_", "val/", "validation_", "validation/", "metric_", "metric/")

@@ -123,5 +123,10 @@ def print_table(explanation: "Explanation", with_sentences: bool = True) -> None
     for answer in explanation.answers:
         regions = "\n".join(", ".join(f"{edge:.0f}" for edge in region.box) for region in answer.regions)
         row = [answer.query, f"{answer.score:.2f}", regions or "not found"]
-        table.add_row(*map(Text, [*row, answer.sentence or ""] if with_sentences else row))
+        cells = [Text(cell) for cell in row]
+        if with_sentences:
+            # A query that found nothing still has a sentence, about wherever it looked: no answer to the question.
+            sentence = answer.sentence or ""
+            cells.append(Text(sentence) if answer.regions else Text(f"({sentence})", style="dim"))
+        table.add_row(*cells)
     console.print(table)
