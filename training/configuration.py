@@ -109,6 +109,7 @@ class StageConfig:
     output_dir: str = ""
     init_from: str | None = None
     generator_from: str | None = None
+    generator_init: str | None = None  # folder or Hub id of a GPT-2, from which generator pre-training starts
     trainable: tuple[str, ...] = ()
     frozen_vision_layers: int = 0
     keep_frozen_in_train_mode: bool = False

@@ -1,6 +1,6 @@
 """
 Generator pre-training: the sentence generator learns to write a sentence from the feature that the frozen prompt
-encoder gives to it.
+encoder gives to it. With `generator_init` it starts from a GPT-2 and its tokenizer, otherwise from random weights.
 
     accelerate launch training/pretrain_generator.py --config training/configs/phantom/pretrain_generator.yaml \
         output_dir=runs/generator init_from=runs/clip/model
@@ -10,12 +10,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from modeling_chex import ChexGeneratorConfig, ChexSentenceGenerator
+from modeling_chex.conversion import generator_from_gpt2
+from processing_chex import ChexProcessor
+from processing_chex.generator_tokenizer import load_generator_tokenizer
 from training.collate import RecordDataset
 from training.configuration import StageConfig, check_model_keys, model_keys
 from training.loop import StageParts, load_stage_model, parse_arguments, read_records, run_as_script, run_stage
 from training.supervision import GeneratorSupervision, encode_texts
+
+
+# What can be chosen for a generator whose sizes are those of a GPT-2
+CHOICES_WITH_GPT2 = (
+    *("prefix_length", "prefix_hidden_size", "prefix_act", "prefix_dropout", "position_offset"),
+    *("max_generation_length", "attn_pdrop", "embd_pdrop", "resid_pdrop"),
+)
 
 
 def occurrences(records: RecordDataset) -> torch.Tensor:
@@ -26,19 +37,43 @@ def occurrences(records: RecordDataset) -> torch.Tensor:
     return ids[ids >= 0]
 
 
+def start(
+    config: StageConfig, feature_size: int, processor: ChexProcessor
+) -> tuple[ChexSentenceGenerator, PreTrainedTokenizerBase]:
+    """The generator before training, from a GPT-2 or from scratch, and its tokenizer."""
+    if config.generator_init is not None:
+        tokenizer = load_generator_tokenizer(config.generator_init)
+    elif processor.generator_tokenizer is not None:
+        tokenizer = processor.generator_tokenizer
+    else:
+        raise ValueError(
+            f"The processor in `init_from` ({config.init_from!r}) has no tokenizer for sentences: set "
+            "`generator_init` to a GPT-2 (folder or Hub id), whose tokenizer is taken."
+        )
+    values = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    values |= {"feature_size": feature_size} | config.model
+    if config.generator_init is None:
+        return ChexSentenceGenerator(ChexGeneratorConfig(**{"vocab_size": len(tokenizer)} | values)), tokenizer
+    generator = generator_from_gpt2(config.generator_init, **values)
+    if len(tokenizer) > generator.config.vocab_size:
+        raise ValueError(
+            f"The tokenizer of {config.generator_init!r} has {len(tokenizer)} tokens, but its model only "
+            f"{generator.config.vocab_size}."
+        )
+    return generator, tokenizer
+
+
 def build(config: StageConfig) -> StageParts:
-    check_model_keys(config.model, model_keys(ChexGeneratorConfig))
+    if config.generator_init is None:
+        check_model_keys(config.model, model_keys(ChexGeneratorConfig))
+    else:
+        check_model_keys(config.model, dict.fromkeys(CHOICES_WITH_GPT2))
     encoder, processor = load_stage_model(
         config.init_from, "Generator pre-training", post_decoder_config=None, generator_config=None
     )
+    generator, tokenizer = start(config, encoder.config.projection_dim, processor)
+    processor = ChexProcessor(processor.image_processor, processor.tokenizer, tokenizer)
     train, validation, texts = read_records(config.data, processor)
-    tokenizer = processor.generator_tokenizer
-    generator_config = ChexGeneratorConfig(
-        **{"feature_size": encoder.config.projection_dim, "vocab_size": len(tokenizer)}
-        | {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-        | config.model
-    )
-    generator = ChexSentenceGenerator(generator_config)
     features = encode_texts(encoder, processor.tokenizer, texts.texts)
     supervision = GeneratorSupervision(generator, features, tokenizer, texts.texts)
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from modeling_chex import ChexModel
+from modeling_chex import ChexModel, save_with_code
 from processing_chex import ChexProcessor
 from processing_chex.prompt_sets import class_prompts
 from training.configuration import StageConfig
@@ -12,6 +12,10 @@ from training.supervision import ChexSupervision
 
 def supervised_stage(config: StageConfig, model: ChexModel, processor: ChexProcessor) -> StageParts:
     """Data and supervision of a model whose parts are trained as the configuration says."""
+    if model.sentence_generator is not None and config.generator_from:
+        # the generator comes with the tokenizer that it was pre-trained with, which earlier stages need not have
+        sentences = ChexProcessor.from_pretrained(config.generator_from).generator_tokenizer
+        processor = ChexProcessor(processor.image_processor, processor.tokenizer, sentences)
     train, validation, texts = read_records(config.data, processor)
     set_trainable(model, config.trainable, config.frozen_vision_layers)
     supervision = ChexSupervision(
@@ -27,8 +31,7 @@ def supervised_stage(config: StageConfig, model: ChexModel, processor: ChexProce
     )
 
     def save(folder: Path) -> None:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
+        save_with_code(model, processor, folder)
 
     return StageParts(supervision, train, validation, save)
 
