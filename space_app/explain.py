@@ -1,4 +1,4 @@
-"""Ask a ChEX model about one radiograph. No printing and no files: this serves command line, Space and scripts."""
+"""Ask a ChEX model about radiographs. No printing and no files: this serves command line, Space and scripts."""
 
 import json
 import math
@@ -11,60 +11,139 @@ import torch
 from transformers.utils import logging
 
 from modeling_chex import ChexModel
+from modeling_chex.pipeline_chex import TASK, ChexPipeline, Region, describe_image
 from processing_chex import ChexInputError, ChexProcessor
-from processing_chex.box_geometry import class_wise_nms
-from processing_chex.processing_chex import validate_prompts
+from processing_chex.processing_chex import MAX_PROMPT_CHARACTERS, validate_prompts
 from processing_chex.prompt_sets import class_prompts
-
-
-# The three regions of a query often cover the same finding; the published evaluation merges them at this overlap.
-NMS_THRESHOLD = 0.25
+from processing_chex.report import ReportQueries, deduplicate, sentence_similarity
 
 
 @dataclass(frozen=True)
-class Region:
-    """One located region: `box` is `xyxy` pixels of the original image, `score` lies in [0, 1]."""
-
-    box: tuple[float, float, float, float]
-    score: float
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The answer to one query.
+class ReportSentence:
+    """A sentence of a report with the query that it answers.
 
     Attributes:
-        query: the prompt, or the box as text.
-        kind: "prompt" or "box".
-        score: of the query as a whole; 1 for a box.
-        present: whether any region scores above the threshold.
+        text: the sentence.
+        prompt: name of the finding class or region.
+        kind: "finding" or "region".
+        score: of the query as a whole.
+        abnormality: probability that the query shows something abnormal.
         box: `xyxy` pixels around everything that the model considered, None if nothing is present.
         regions: the regions above the threshold without duplicates, best first.
-        sentence: the description, None if none was asked for.
     """
 
-    query: str
+    text: str
+    prompt: str
     kind: str
     score: float
-    present: bool
+    abnormality: float
     box: tuple[float, float, float, float] | None
     regions: tuple[Region, ...]
-    sentence: str | None
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """All answers about one image of `width` x `height` pixels; `frame` is the part that the network saw, `xyxy`."""
+class Report:
+    """A report about one image of `width` x `height` pixels; `frame` is the part that the network saw, `xyxy`."""
 
     image: str
     width: int
     height: int
     frame: tuple[float, float, float, float]
-    answers: tuple[Answer, ...]
+    sentences: tuple[ReportSentence, ...]
+
+    @property
+    def text(self) -> str:
+        """All sentences in one paragraph; empty if nothing is worth one."""
+        return " ".join(sentence.text for sentence in self.sentences)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings, for JSON."""
-        return asdict(self)
+        """Plain lists, numbers and strings, for JSON, the `text` included."""
+        return json.loads(json.dumps(asdict(self) | {"text": self.text}))
+
+    def to_json(self) -> str:
+        """`to_dict` as an indented JSON document."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
+
+class ChexExplainer(ChexPipeline):
+    """Explains radiographs and writes reports about them: the pipeline `chest-xray-explanation` with `report`.
+
+    Args:
+        model: in evaluation mode, on the device that is to be used.
+        processor: the one that belongs to the model.
+    """
+
+    def __init__(self, model: ChexModel, processor: ChexProcessor):
+        super().__init__(model=model, processor=processor, task=TASK, device=model.device)
+        self._queries: dict[str, ReportQueries] = {}
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "ChexExplainer":
+        """Load a model folder, in float32, onto the GPU if there is one.
+
+        Raises:
+            ChexInputError: naming the missing or damaged part.
+        """
+        return cls(*load_model(folder, sentences=False))
+
+    @torch.no_grad()
+    def report(
+        self,
+        image: Any,
+        threshold: float = 0.5,
+        geometry: str | None = None,
+        findings: str = "phantom",
+        max_sentences: int = 10,
+        **generate_kwargs: Any,
+    ) -> Report:
+        """Write a report: a sentence for each finding that is found and for each region that looks abnormal.
+
+        Args:
+            image: anything that `ChexProcessor` reads, such as a path.
+            threshold: a finding is found if one of its regions has a score above it.
+            geometry: `"center_crop"` or `"letterbox"`; default as saved with the processor.
+            findings: the data set whose classes are looked for, as `class_prompts` takes it: eight common findings by
+                default; `"chexpert"` for the 14 of the published evaluation.
+            max_sentences: from here on, sentences that resemble others a little less are dropped too.
+            generate_kwargs: of `ChexModel.generate`.
+
+        Raises:
+            ValueError: for an unusable image, or a model without a sentence generator.
+        """
+        options = {"geometry": geometry} if geometry is not None else {}
+        inputs = self.processor(images=[image], **options).to(self.device)
+        if findings not in self._queries:
+            self._queries[findings] = ReportQueries.encode(class_prompts(findings), self._encode_texts)
+        queries = self._queries[findings]
+        outputs = self.model(pixel_values=inputs["pixel_values"], prompt_features=queries.features)
+        abnormality = self.model.classify(outputs.query_features, queries.positive, queries.negative).squeeze(-1)
+        selected = queries.select(abnormality, (outputs.region_scores > threshold).any(-1))
+        token_ids = self.model.generate(query_features=outputs.query_features, query_mask=selected, **generate_kwargs)
+        sizes, frames = inputs["original_sizes"], inputs["image_frames"]
+        answers = self.answers(outputs, token_ids, sizes, frames, queries.names, threshold=threshold)
+        sentences = [
+            ReportSentence(
+                text=answer.sentence,
+                prompt=answer.query,
+                kind="finding" if index < queries.num_findings else "region",
+                score=answer.score,
+                abnormality=round(float(abnormality[0, index]), 4),
+                box=answer.box,
+                regions=answer.regions,
+            )
+            for index, answer in enumerate(answers)
+            if selected[0, index] and answer.sentence
+        ]
+        similarity = sentence_similarity(self._encode_texts([sentence.text for sentence in sentences]))
+        kept = deduplicate(similarity, [sentence.score for sentence in sentences], max_sentences)
+        about = describe_image(image, sizes, frames)
+        return Report(**about, sentences=tuple(sentences[index] for index in kept))
+
+    def _encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """n texts -> (n, D) prompt features."""
+        # A generated sentence may exceed what is accepted of a user; the encoder reads only its beginning anyway.
+        encoded = self.processor(text=[text[:MAX_PROMPT_CHARACTERS] for text in texts]).to(self.device)
+        return self.model.get_prompt_features(encoded["input_ids"])
 
 
 def default_prompts() -> list[str]:
@@ -132,77 +211,6 @@ def check_max_length(model: ChexModel, max_length: int | None) -> None:
         raise ChexInputError(
             f"--max-length {max_length} is more than this model can write: use at most {generator.n_positions}."
         )
-
-
-@torch.inference_mode()
-def explain_image(
-    model: ChexModel,
-    processor: ChexProcessor,
-    image: Any,
-    prompts: Sequence[str] = (),
-    boxes: Sequence[Sequence[float]] = (),
-    threshold: float = 0.5,
-    geometry: str | None = None,
-    sentences: bool = True,
-    max_length: int | None = None,
-) -> Explanation:
-    """Answer prompts and boxes about one image; it is encoded once and all sentences are written in one batch.
-
-    Args:
-        image: anything that `ChexProcessor` reads, such as a path.
-        prompts: what to look for.
-        boxes: regions to describe, `xyxy` pixels of the image.
-        threshold: lowest score of a region.
-        geometry: `"center_crop"` or `"letterbox"`; default as saved with the processor.
-        sentences: whether to describe the regions.
-        max_length: longest sentence in tokens.
-
-    Raises:
-        ChexInputError: for an unusable image, prompt or box.
-    """
-    inputs = processor(
-        images=[image],
-        text=list(prompts) or None,
-        boxes=list(boxes) or None,
-        **({"geometry": geometry} if geometry else {}),
-    ).to(model.device)
-    outputs = model(**inputs)
-    token_ids = None
-    if sentences:
-        length = {} if max_length is None else {"max_length": max_length}
-        token_ids = model.generate(query_features=outputs.query_features, query_mask=outputs.query_mask, **length)
-    (result,) = processor.post_process_explanation(
-        outputs,
-        token_ids,
-        target_sizes=inputs["original_sizes"],
-        threshold=threshold,
-        prompts=prompts,
-        image_frames=inputs["image_frames"],
-    )
-    answers = []
-    for index, prompt in enumerate(result["prompts"]):
-        region_boxes, region_scores = result["region_boxes"][index], result["region_scores"][index]
-        keep = class_wise_nms(region_boxes, region_scores, torch.zeros_like(region_scores), NMS_THRESHOLD)
-        present = bool(result["present"][index])
-        box = _rounded(result["boxes"][index]) if present else None
-        answers.append(
-            Answer(
-                query=prompt if prompt is not None else ", ".join(f"{edge:g}" for edge in boxes[index - len(prompts)]),
-                kind="box" if prompt is None else "prompt",
-                score=round(float(result["scores"][index]), 4),
-                present=present,
-                box=box,
-                regions=tuple(Region(_rounded(region_boxes[i]), round(float(region_scores[i]), 4)) for i in keep),
-                sentence=result["sentences"][index],
-            )
-        )
-    height, width = inputs["original_sizes"][0].tolist()
-    name = str(image) if isinstance(image, (str, Path)) else "image"
-    return Explanation(name, width, height, _rounded(inputs["image_frames"][0]), tuple(answers))
-
-
-def _rounded(box: torch.Tensor) -> tuple[float, float, float, float]:
-    return tuple(round(edge, 2) for edge in box.tolist())
 
 
 def _check_folder(folder: Path, sentences: bool) -> dict[str, Any]:

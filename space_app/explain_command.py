@@ -11,7 +11,7 @@ from space_app.user_errors import ErrorReporter
 
 
 if TYPE_CHECKING:
-    from space_app.explain import Explanation
+    from modeling_chex.pipeline_chex import Explanation
 
 
 class Geometry(StrEnum):
@@ -63,7 +63,7 @@ def explain(
     """
     errors = ErrorReporter(debug)
     with errors.guard("chex explain", fatal=True):
-        from space_app.explain import check_max_length, default_prompts, explain_image, load_model, parse_box
+        from space_app.explain import ChexExplainer, check_max_length, default_prompts, load_model, parse_box
         from space_app.figure import check_figure_path, save_figure
 
         boxes = [parse_box(text) for text in box or []]
@@ -71,20 +71,20 @@ def explain(
         figures = check_figure_path(figure, len(images))
         chex_model, processor = load_model(model, prompts, sentences)
         check_max_length(chex_model, max_length)
+        explainer = ChexExplainer(chex_model, processor)
+        length = {} if max_length is None else {"max_length": max_length}
 
     explanations = []
     for number, image in enumerate(images):
         with errors.guard(image):
-            explanation = explain_image(
-                chex_model,
-                processor,
+            explanation = explainer.explain(
                 image,
                 prompts,
                 boxes,
                 threshold=threshold,
                 geometry=geometry.value if geometry else None,
                 sentences=sentences,
-                max_length=max_length,
+                **length,
             )
             explanations.append(explanation)
             if not as_json:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from modeling_chex.pipeline_chex import Answer, Explanation
 from processing_chex import ChexInputError, load_image
-from space_app.explain import Answer, Explanation
 
 
 # Bright hues that stay apart on grey (after Okabe and Ito), one for each query.

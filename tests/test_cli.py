@@ -14,10 +14,10 @@ import torch
 from typer.testing import CliRunner
 
 from modeling_chex import ChexConfig, ChexModel
+from modeling_chex.pipeline_chex import Answer, Explanation, Region
 from processing_chex import ChexImageProcessor, ChexProcessor
-from space_app import explain as explain_module
 from space_app.cli import app
-from space_app.explain import Answer, Explanation, Region, default_prompts, explain_image, load_model
+from space_app.explain import ChexExplainer, default_prompts, load_model
 from space_app.figure import draw_figure
 from training.build_tokenizers import build_tokenizers
 
@@ -114,9 +114,10 @@ def test_json_is_all_that_is_printed(model_folder, png):
 
 def test_python_and_command_line_agree(model_folder, png):
     model, processor = load_model(model_folder)
-    explanation = explain_image(model, processor, png, ["Heart", "Nodule"], [[30, 10, 70, 80]], threshold=0.2)
+    explainer = ChexExplainer(model, processor)
+    explanation = explainer.explain(png, ["Heart", "Nodule"], [[30, 10, 70, 80]], threshold=0.2)
     result = run(png, "-m", model_folder, "-p", "Heart", "-p", "Nodule", "-b", "30,10,70,80", "--json", *FOUND)
-    assert json.loads(result.stdout)["images"] == json.loads(json.dumps([explanation.to_dict()]))
+    assert json.loads(result.stdout)["images"] == [explanation.to_dict()]
     # The boxes are those that the model computes without the post decoder.
     inputs = processor(images=png, text=["Heart", "Nodule"])
     with torch.no_grad():
@@ -309,7 +310,7 @@ def test_errors_of_the_program_do_not_stop_it(model_folder, png, monkeypatch):
     def explode(*args, **kwargs):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(explain_module, "explain_image", explode)
+    monkeypatch.setattr(ChexExplainer, "explain", explode)
     result = run(png, "--model", model_folder)
     assert result.exit_code == 1
     assert "RuntimeError: out of luck" in result.stderr and "--debug" in result.stderr

@@ -4,20 +4,15 @@ Follows the official inference of ChEX (arXiv 2404.15770, report generation), wi
 carries the boxes and the name of its own prompt, also after regions were dropped.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from evaluation.metrics.finding_f1.finding_f1 import finding_f1
-from processing_chex.vocabulary import ANATOMY_NAMES, REPORT_ANATOMY_INDICES
+from processing_chex.report import ReportQueries, deduplicate, sentence_similarity
 
 from .base import Batch, EvaluationContext, Task, corners
-
-
-ALWAYS_SAME = 0.95
-SAME_IF_LONG = 0.90
 
 
 @dataclass
@@ -41,31 +36,6 @@ class ReportSentence:
     probability: float
 
 
-def deduplicate(similarity: np.ndarray, preference: Sequence[float], max_sentences: int = 10) -> list[int]:
-    """Indices of the sentences to keep, in order.
-
-    The most similar remaining pair loses its less preferred member (on ties the later one) while its similarity is at
-    least 0.95, or at least 0.90 with more than `max_sentences` left. `max_sentences` is soft: unlike sentences stay.
-
-    Args:
-        similarity: (n, n) symmetric; (cos + 1) / 2 of sentence embeddings.
-        preference: n values, higher is kept.
-    """
-    similarity = np.array(similarity, dtype=np.float64)
-    np.fill_diagonal(similarity, 0.0)
-    kept = list(range(len(similarity)))
-    while len(kept) > 1:
-        part = similarity[np.ix_(kept, kept)]
-        first, second = divmod(int(part.argmax()), len(kept))
-        first, second = sorted((first, second))
-        highest = part[first, second]
-        if highest < ALWAYS_SAME and (highest < SAME_IF_LONG or len(kept) <= max_sentences):
-            break
-        loser = first if preference[kept[first]] < preference[kept[second]] else second
-        del kept[loser]
-    return kept
-
-
 class ReportGeneration(Task):
     """Micro-F1 of the positive findings of whole reports, against those stated in the reference reports.
 
@@ -83,23 +53,16 @@ class ReportGeneration(Task):
         super().__init__(context)
         self.all_findings = all_findings
         self.max_sentences = max_sentences
-        regions = [ANATOMY_NAMES[index] for index in REPORT_ANATOMY_INDICES]
-        self._names = [*context.prompts.names, *regions]
-        self._num_classes = len(context.prompts.names)
-        self._prompts = torch.cat([context.class_features("box"), context.anatomy_features(regions)])
-        self._positive = context.class_features("positive").mean(0, keepdim=True)
-        self._negative = context.class_features("negative").mean(0, keepdim=True)
+        self._queries = ReportQueries.encode(context.prompts, context.text_features)
         self._features: list[torch.Tensor] = []
         self._drafts: list[list[tuple[ReportSentence, float]]] = []
         self._references: list[str] = []
 
     def update(self, batch: Batch) -> None:
-        model = self.context.model
-        output = model(image_features=batch.image_features, prompt_features=self._prompts, clip_boxes=True)
-        probability = model.classify(output.query_features, self._positive, self._negative).squeeze(-1)
-        kept = probability > 0.5
-        found = output.present[:, : self._num_classes]
-        kept[:, : self._num_classes] = True if self.all_findings else found
+        model, queries = self.context.model, self._queries
+        output = model(image_features=batch.image_features, prompt_features=queries.features, clip_boxes=True)
+        probability = model.classify(output.query_features, queries.positive, queries.negative).squeeze(-1)
+        kept = queries.select(probability, output.present, self.all_findings)
         self._features.append(output.query_features[kept])
         boxes = corners(output.region_boxes)
         weights = output.region_scores.double().cpu().numpy()
@@ -111,8 +74,8 @@ class ReportGeneration(Task):
                     (
                         ReportSentence(
                             text="",
-                            prompt=self._names[query],
-                            is_finding=bool(query < self._num_classes),
+                            prompt=queries.names[query],
+                            is_finding=bool(query < queries.num_findings),
                             boxes=boxes[image, query],
                             scores=weights[image, query],
                             probability=float(chances[image, query]),
@@ -134,10 +97,7 @@ class ReportGeneration(Task):
                 sentence.text = next(texts)
                 if sentence.text:
                     written.append((sentence, preference))
-            embeddings = torch.nn.functional.normalize(
-                self.context.text_features([sentence.text for sentence, _ in written]).float(), dim=-1
-            )
-            similarity = ((embeddings @ embeddings.T + 1) / 2).cpu().numpy()
+            similarity = sentence_similarity(self.context.text_features([sentence.text for sentence, _ in written]))
             kept = deduplicate(similarity, [preference for _, preference in written], self.max_sentences)
             reports.append([written[index][0] for index in kept])
         return reports

@@ -1,0 +1,347 @@
+"""`pipeline("chest-xray-explanation")`: images, prompts and boxes in; boxes, scores and sentences out."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.modeling_utils import PreTrainedModel
+from transformers.pipelines import Pipeline
+from transformers.processing_utils import ProcessorMixin
+
+from .outputs import ChexOutput
+
+
+TASK = "chest-xray-explanation"
+# The regions of a query often cover the same finding; the published evaluation merges them at this overlap.
+NMS_THRESHOLD = 0.25
+
+
+@dataclass(frozen=True)
+class Region:
+    """One located region: `box` is `xyxy` pixels of the original image, `score` lies in [0, 1]."""
+
+    box: tuple[float, float, float, float]
+    score: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one query.
+
+    Attributes:
+        query: the prompt, or the box as text.
+        kind: "prompt" or "box".
+        score: of the query as a whole; 1 for a box.
+        present: whether any region scores above the threshold.
+        box: `xyxy` pixels around everything that the model considered, None if nothing is present.
+        regions: the regions above the threshold without duplicates, best first.
+        sentence: the description, None if none was asked for.
+    """
+
+    query: str
+    kind: str
+    score: float
+    present: bool
+    box: tuple[float, float, float, float] | None
+    regions: tuple[Region, ...]
+    sentence: str | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """All answers about one image of `width` x `height` pixels; `frame` is the part that the network saw, `xyxy`."""
+
+    image: str
+    width: int
+    height: int
+    frame: tuple[float, float, float, float]
+    answers: tuple[Answer, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, for JSON."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def to_json(self) -> str:
+        """`to_dict` as an indented JSON document."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
+
+class ChexPipeline(Pipeline):
+    """Answers prompts and boxes about chest radiographs: each image is encoded once, for all of its queries.
+
+    ```python
+    >>> chex = pipeline("chest-xray-explanation", model="runs/demo/model")
+    >>> chex("scan.png", prompts=["Pleural effusion"], boxes=[[40, 60, 110, 120]], threshold=0.5)
+    {'image': 'scan.png', 'width': 128, ..., 'answers': [{'query': 'Pleural effusion', 'score': ..., ...}, ...]}
+    ```
+
+    An input is an image (whatever the processor reads: path to PNG, JPEG or DICOM, PIL image, array) or a dictionary
+    `{"image": ..., "prompts": [...], "boxes": [...]}` with queries of its own. A list of inputs gives a list of
+    results, a generator an iterator; `batch_size` images go through the model together. These arguments can be given
+    here or to each call:
+
+    Args:
+        prompts (`str` or `Sequence[str]`): What to look for.
+        boxes (`Sequence[Sequence[float]]`): Regions to describe, `xyxy` pixels of the original image.
+        threshold (`float`, defaults to 0.5): Regions with a score above it are reported.
+        geometry (`str`): `"center_crop"` or `"letterbox"`; default as saved with the processor.
+        sentences (`bool`): Whether to describe; by default if the model has a sentence generator.
+        generate_kwargs (`dict`): Arguments of `ChexModel.generate`, such as `{"num_beams": 3}`.
+
+    Each result is [`Explanation.to_dict`]. Unusable images, prompts and boxes raise a `ValueError` that names them.
+    """
+
+    _load_processor = True
+    _load_tokenizer = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_video_processor = False
+
+    def _sanitize_parameters(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        boxes: Sequence[Sequence[float]] | None = None,
+        threshold: float | None = None,
+        geometry: str | None = None,
+        sentences: bool | None = None,
+        generate_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        stages = (
+            {"prompts": prompts, "boxes": boxes, "geometry": geometry},
+            {"sentences": sentences, "generate_kwargs": generate_kwargs},
+            {"threshold": threshold},
+        )
+        return tuple({name: value for name, value in stage.items() if value is not None} for stage in stages)
+
+    def __call__(self, inputs: Any, **kwargs: Any) -> dict[str, Any] | list[dict[str, Any]]:
+        """See the class."""
+        if isinstance(inputs, (list, tuple)):
+            # The base class takes tuples for one input and stumbles over empty lists.
+            return super().__call__(list(inputs), **kwargs) if inputs else []
+        return super().__call__(inputs, **kwargs)
+
+    def explain(
+        self,
+        image: Any,
+        prompts: str | Sequence[str] = (),
+        boxes: Sequence[Sequence[float]] = (),
+        threshold: float = 0.5,
+        geometry: str | None = None,
+        sentences: bool | None = None,
+        **generate_kwargs: Any,
+    ) -> Explanation:
+        """Answer prompts and boxes about one image. The arguments are those of the class.
+
+        Raises:
+            ValueError: for an unusable image, prompt or box, or if there is neither prompt nor box.
+        """
+        inputs = self.preprocess(image, prompts, boxes, geometry)
+        outputs = self.forward(inputs, sentences=sentences, generate_kwargs=generate_kwargs)
+        return self._explanation(outputs, threshold)
+
+    def preprocess(
+        self,
+        inputs: Any,
+        prompts: str | Sequence[str] = (),
+        boxes: Sequence[Sequence[float]] = (),
+        geometry: str | None = None,
+    ) -> dict[str, Any]:
+        """Read one image and its boxes. Prompts are encoded later, once for all images of a batch that share them."""
+        image = inputs
+        if isinstance(inputs, Mapping):
+            if "image" not in inputs or not set(inputs) <= {"image", "prompts", "boxes"}:
+                raise ValueError(
+                    "An input dictionary has the key 'image' and, if wanted, 'prompts' and 'boxes', but this one has "
+                    f"{', '.join(map(repr, inputs)) or 'none'}."
+                )
+            image = inputs["image"]
+            prompts, boxes = inputs.get("prompts", prompts), inputs.get("boxes", boxes)
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts if prompts is not None else ())
+        boxes = boxes if boxes is not None else ()
+        if not prompts and not len(boxes):
+            raise ValueError("Nothing is asked about the image: give `prompts`, `boxes` or both.")
+        options = {"geometry": geometry} if geometry is not None else {}
+        encoded = self.processor(images=[image], boxes=boxes, return_tensors="pt", **options)
+        return {
+            **encoded,
+            "prompts": prompts,
+            "boxes": np.reshape(boxes, (-1, 4)).tolist(),
+            # Only the name: the pixels are not needed any more.
+            "image": str(image) if isinstance(image, (str, PathLike)) else None,
+        }
+
+    def _forward(
+        self,
+        model_inputs: dict[str, Any],
+        sentences: bool | None = None,
+        generate_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        # Without a batch, `prompts` is the list of one image; else a list of such lists.
+        prompts = model_inputs["prompts"]
+        if prompts and isinstance(prompts[0], list) and all(own == prompts[0] for own in prompts):
+            prompts = prompts[0]
+        queries = {}
+        if any(prompts):
+            queries.update(self.processor(text=prompts, return_tensors="pt").to(self.device))
+        if model_inputs["query_boxes"].shape[1]:
+            queries.update({name: model_inputs[name] for name in ("query_boxes", "box_mask")})
+        outputs = self.model(pixel_values=model_inputs["pixel_values"], **queries)
+        if sentences is None:
+            sentences = self.model.config.generator_config is not None
+        token_ids = None
+        if sentences:
+            token_ids = self.model.generate(
+                query_features=outputs.query_features, query_mask=outputs.query_mask, **(generate_kwargs or {})
+            )
+        names = ("region_boxes", "region_scores", "query_scores", "query_mask")
+        kept = ("image_frames", "original_sizes", "prompts", "boxes", "image")
+        return (
+            {name: outputs[name] for name in names}
+            | {"token_ids": getattr(token_ids, "sequences", token_ids)}
+            | {name: model_inputs[name] for name in kept}
+        )
+
+    def postprocess(self, model_outputs: dict[str, Any], threshold: float = 0.5) -> dict[str, Any]:
+        """The outputs of one image -> `Explanation.to_dict`."""
+        return self._explanation(model_outputs, threshold).to_dict()
+
+    def _explanation(self, model_outputs: dict[str, Any], threshold: float) -> Explanation:
+        answers = self.answers(
+            ChexOutput(**{name: value for name, value in model_outputs.items() if name in ChexOutput.__annotations__}),
+            model_outputs["token_ids"],
+            model_outputs["original_sizes"],
+            model_outputs["image_frames"],
+            model_outputs["prompts"],
+            model_outputs["boxes"],
+            threshold,
+        )
+        about = describe_image(*(model_outputs[name] for name in ("image", "original_sizes", "image_frames")))
+        return Explanation(**about, answers=answers)
+
+    def answers(
+        self,
+        outputs: ChexOutput,
+        sequences: torch.Tensor | Sequence[Sequence[str]] | None,
+        original_sizes: torch.Tensor,
+        image_frames: torch.Tensor,
+        prompts: Sequence[str],
+        boxes: Sequence[Sequence[float]] = (),
+        threshold: float = 0.5,
+    ) -> tuple[Answer, ...]:
+        """What the model found about one image, as plain values in pixels of the original image.
+
+        Args:
+            outputs: of one image.
+            sequences: token ids (1, Q, T) or sentences of the queries, None without.
+            original_sizes, image_frames: (1, 2) and (1, 4), from the processor.
+            prompts, boxes: the queries, as they were given.
+            threshold: lowest score of a region.
+
+        Returns:
+            One answer for each valid query: prompts first, then boxes.
+        """
+        common = {"target_sizes": original_sizes, "image_frames": image_frames, "threshold": threshold}
+        (result,) = self.processor.post_process_explanation(outputs, sequences, prompts=[list(prompts)], **common)
+        (detected,) = self.processor.post_process_object_detection(outputs, nms_threshold=NMS_THRESHOLD, **common)
+        answers = []
+        for index, (label, prompt) in enumerate(zip(result["labels"], result["prompts"], strict=True)):
+            own = detected["labels"] == label
+            regions = zip(detected["boxes"][own], detected["scores"][own], strict=True)
+            present = bool(result["present"][index])
+            answers.append(
+                Answer(
+                    query=prompt
+                    if prompt is not None
+                    else ", ".join(f"{edge:g}" for edge in boxes[index - len(prompts)]),
+                    kind="box" if prompt is None else "prompt",
+                    score=round(float(result["scores"][index]), 4),
+                    present=present,
+                    box=_rounded(result["boxes"][index]) if present else None,
+                    regions=tuple(Region(_rounded(box), round(float(score), 4)) for box, score in regions),
+                    sentence=result["sentences"][index],
+                )
+            )
+        return tuple(answers)
+
+    def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
+        """`save_with_code` of model and processor."""
+        save_with_code(self.model, self.processor, save_directory, **kwargs)
+
+
+def save_with_code(model: PreTrainedModel, processor: ProcessorMixin, folder: str | PathLike, **kwargs: Any) -> None:
+    """Save model and processor into one folder that also loads where this package is not installed: see `add_code`.
+
+    Args:
+        model: a `ChexModel`.
+        processor: the `ChexProcessor` that belongs to it.
+        folder: created if it does not exist.
+        kwargs: of `model.save_pretrained`, such as `max_shard_size`.
+    """
+    model.save_pretrained(folder, **kwargs)
+    processor.save_pretrained(folder)
+    add_code(folder, type(model), type(processor), type(processor.image_processor))
+
+
+def add_code(
+    folder: str | PathLike, model_class: type, processor_class: type | None, image_processor_class: type
+) -> None:
+    """Copy the code into a saved folder, and name it in the configurations.
+
+    Then `AutoModel`, `AutoConfig`, `AutoProcessor`, `AutoImageProcessor` and `pipeline("chest-xray-explanation")` load
+    the folder with `trust_remote_code=True`. Where the package is imported, its own classes are used and nothing has
+    to be trusted. `register_for_auto_class` does the same, but for all that a process saves from then on.
+
+    Args:
+        folder: with what `save_pretrained` of the model or its configuration, and of the processor (or image
+            processor alone) has written.
+        model_class: `ChexModel`.
+        processor_class: `ChexProcessor`, or None if only an image processor was saved.
+        image_processor_class: `ChexImageProcessor`.
+    """
+    config_class = model_class.config_class
+    for cls in (config_class, model_class, processor_class, image_processor_class, ChexPipeline):
+        if cls is not None:
+            custom_object_save(cls, folder)
+    image_processor = {"auto_map": {"AutoImageProcessor": _reference(image_processor_class)}}
+    pipelines = {TASK: {"impl": _reference(ChexPipeline), "pt": ["AutoModel"]}}
+    auto_map = {"AutoConfig": _reference(config_class), "AutoModel": _reference(model_class)}
+    _update_json(Path(folder) / "config.json", {"auto_map": auto_map, "custom_pipelines": pipelines})
+    if processor_class is None:
+        _update_json(Path(folder) / "preprocessor_config.json", image_processor)
+    else:
+        auto_map = {"AutoProcessor": _reference(processor_class)}
+        _update_json(
+            Path(folder) / "processor_config.json", {"auto_map": auto_map, "image_processor": image_processor}
+        )
+
+
+def _reference(cls: type) -> str:
+    return f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}"
+
+
+def _update_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Set entries of a JSON file; of a dictionary in it only those that are given."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in values.items():
+        content[key] = content.get(key, {}) | value
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def describe_image(image: Any, original_sizes: torch.Tensor, image_frames: torch.Tensor) -> dict[str, Any]:
+    """The first fields of an `Explanation`: name, size and frame of the image."""
+    height, width = original_sizes[0].tolist()
+    name = str(image) if isinstance(image, (str, PathLike)) else "image"
+    return {"image": name, "width": width, "height": height, "frame": _rounded(image_frames[0])}
+
+
+def _rounded(box: torch.Tensor) -> tuple[float, float, float, float]:
+    return tuple(round(edge, 2) for edge in box.tolist())
+
+
+__all__ = ["TASK", "Answer", "ChexPipeline", "Explanation", "Region", "add_code", "describe_image", "save_with_code"]
