@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.clip.configuration_clip import CLIPTextConfig, CLIPVisionConfig
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 
 @strict
@@ -177,6 +178,9 @@ class ChexConfig(PreTrainedConfig):
         for name in ("post_decoder_config", "generator_config"):
             if name in kwargs and config_dict.get(name) is None:
                 config_dict = config_dict | {name: kwargs.pop(name)}
+        if not cls.__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
+            # As for the auto classes, the pipeline of the installed package goes before the copy in the folder.
+            config_dict = {key: value for key, value in config_dict.items() if key != "custom_pipelines"}
         return super().from_dict(config_dict, **kwargs)
 
     def validate_architecture(self):

@@ -1,5 +1,7 @@
 """ChEX: interactive localisation and description of regions in chest X-rays (Müller et al., ECCV 2024)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -33,7 +35,7 @@ class ChexPreTrainedModel(PreTrainedModel):
         "CLIPTextEmbeddings",
         "GPT2Block",
     ]
-    _skip_keys_device_placement = "past_key_values"
+    _skip_keys_device_placement = ["past_key_values", "prefix"]
     _can_record_outputs = {
         "hidden_states": OutputRecorder(ChexDecoderLayer, index=0),
         "attentions": OutputRecorder(ChexAttention, index=1, layer_name="self_attn"),
@@ -74,6 +76,16 @@ class ChexPreTrainedModel(PreTrainedModel):
                 init.normal_(projection.weight, std=projection.in_features**-0.5)
 
 
+class ChexCanGenerate:
+    """
+    `can_generate` of a class whose models have a sentence generator or not. Of the class it is false, since it has no
+    generation loop of its own; of a model it tells whether there is a generation configuration to save and load.
+    """
+
+    def __get__(self, model: "ChexModel | None", model_class: type) -> Callable[[], bool]:
+        return lambda: model is not None and model.config.generator_config is not None
+
+
 class ChexModel(ChexPreTrainedModel):
     r"""
     ChEX answers queries about chest X-rays. A query is a text or a box; the answer is boxes, scores and a feature that
@@ -86,8 +98,11 @@ class ChexModel(ChexPreTrainedModel):
     ```
     """
 
+    can_generate = ChexCanGenerate()
+
     def __init__(self, config: ChexConfig):
         super().__init__(config)
+        self._set_attn_implementation_of_parts({})
         self.vision_model = CLIPVisionModel._from_config(config.vision_config)
         self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
         self.text_model = CLIPTextModel._from_config(config.text_config)
@@ -101,12 +116,41 @@ class ChexModel(ChexPreTrainedModel):
         )
         self.post_init()
 
-    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs):
-        super()._set_gradient_checkpointing(enable, **kwargs)
-        if self.sentence_generator is not None:  # checkpointed blocks of GPT-2 would drop the prefix
-            for module in self.sentence_generator.modules():
-                if hasattr(module, "gradient_checkpointing"):
-                    module.gradient_checkpointing = False
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        """The sentence generator's, `None` without one. It is saved and loaded with the model."""
+        generator = self._modules.get("sentence_generator")
+        return generator.generation_config if generator is not None else None
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig):
+        if self._modules.get("sentence_generator") is not None:  # not while the base class is being initialised
+            self.sentence_generator.generation_config = value
+
+    def adjust_generation_fn(self, *args, **kwargs):
+        """Loads the generation configuration, called by `from_pretrained`."""
+        self.sentence_generator.adjust_generation_fn(*args, **kwargs)
+
+    def _set_gradient_checkpointing(self, *args, **kwargs):
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        if self.sentence_generator is not None:
+            self.sentence_generator.avoid_reentrant_checkpoints()
+
+    def _set_attn_implementation_of_parts(self, requested: str | dict[str, str] | None):
+        """Of detector and post decoder, which the base class passes over as they are no models of their own."""
+        for name in ("detector_config", "post_decoder_config"):
+            if (part := getattr(self.config, name)) is None:
+                continue
+            implementation = requested
+            if isinstance(requested, dict):
+                implementation = requested.get(name, part._attn_implementation)
+            part._attn_implementation_internal = self.get_correct_attn_implementation(
+                implementation or self.config._attn_implementation
+            )
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args, **kwargs):
+        self._set_attn_implementation_of_parts(attn_implementation)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
@@ -127,7 +171,9 @@ class ChexModel(ChexPreTrainedModel):
         """
         outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
         tokens = self.visual_projection(self.vision_model.post_layernorm(outputs.last_hidden_state))
-        positions = self.visual_projection(self.vision_model.embeddings.position_embedding.weight[1:])
+        # Called rather than its weight read, which may be offloaded
+        embeddings = self.vision_model.embeddings
+        positions = self.visual_projection(embeddings.position_embedding(embeddings.position_ids[:, 1:]))
         grid = (
             pixel_values.shape[-2] // self.config.vision_config.patch_size,
             pixel_values.shape[-1] // self.config.vision_config.patch_size,
@@ -136,7 +182,7 @@ class ChexModel(ChexPreTrainedModel):
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=tokens[:, 0],
             patch_features=tokens[:, 1:].unflatten(1, grid),
-            position_embeddings=positions.unflatten(0, grid)[None],
+            position_embeddings=positions.unflatten(1, grid),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -157,7 +203,8 @@ class ChexModel(ChexPreTrainedModel):
         """
         shape = input_ids.shape[:-1]
         if input_ids.numel() == 0:
-            return self.text_projection.weight.new_zeros((*shape, self.config.projection_dim))
+            size = (*shape, self.config.projection_dim)
+            return torch.zeros(size, dtype=self.dtype, device=input_ids.device)
         outputs = self.text_model(input_ids=input_ids.flatten(0, -2))
         return self.text_projection(outputs.pooler_output).view(*shape, -1)
 

@@ -180,7 +180,7 @@ class ChexAttention(nn.Module):
 
     def __init__(self, config: ChexConfig, part_config: ChexDetectorConfig | ChexPostDecoderConfig):
         super().__init__()
-        self.config = config  # holds the attention implementation
+        self.config = part_config  # holds the attention implementation
         hidden_size = config.projection_dim
         self.num_heads = part_config.num_attention_heads
         self.head_dim = hidden_size // self.num_heads

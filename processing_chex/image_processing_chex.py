@@ -25,8 +25,13 @@ class ChexImageProcessorKwargs(TypedDict, total=False):
         whole image and pads the short side with black.
     resample (`PILImageResampling`):
         Filter of the resizing, with antialiasing.
+    do_rescale (`bool`), rescale_factor (`float`):
+        Factor for grey values on the scale of 8 bits, 0 to 255, to which images of every bit depth are mapped first.
+        Without it they stay in [0, 1], as with the usual factor of 1/255.
     do_normalize (`bool`), image_mean (`float`), image_std (`float`):
-        Normalisation of grey values in [0, 1].
+        Normalisation of the grey values.
+    do_convert_rgb (`bool`):
+        Only true: any image, in grey or colour, becomes three equal channels.
     return_tensors (`str`):
         `"pt"` or `"np"`.
     """
@@ -34,9 +39,12 @@ class ChexImageProcessorKwargs(TypedDict, total=False):
     size: int | list[int] | tuple[int, ...] | dict[str, int] | SizeDict | None
     geometry: str | None
     resample: PILImageResampling | int | None
+    do_rescale: bool | None
+    rescale_factor: float | int | None
     do_normalize: bool | None
     image_mean: float | None
     image_std: float | None
+    do_convert_rgb: bool | None
     return_tensors: str | TensorType | None
 
 
@@ -61,11 +69,12 @@ class ChexImageProcessor(PilBackend):
     geometry = "center_crop"
     size = {"height": 224, "width": 224}
     resample = PILImageResampling.BILINEAR
+    do_rescale = True
+    rescale_factor = 1 / 255
     do_normalize = True
     image_mean = 0.505
     image_std = 0.248
-    # The full scale depends on the bit depth of each image, so there is no one factor: `load_image` rescales.
-    rescale_factor = None
+    do_convert_rgb = True
 
     def __init__(self, **kwargs: Unpack[ChexImageProcessorKwargs]):
         super().__init__(**kwargs)
@@ -92,19 +101,26 @@ class ChexImageProcessor(PilBackend):
         size: SizeDict,
         geometry: str,
         resample: PILImageResampling | int,
+        do_rescale: bool,
+        rescale_factor: float | None,
         do_normalize: bool,
         image_mean: float,
         image_std: float,
+        do_convert_rgb: bool | None = None,
         return_tensors: str | TensorType | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         if size.height is None or size.height != size.width:
             raise ChexInputError(f"size must be one number, the side of the square input, but it is {dict(size)}.")
+        if do_convert_rgb is False:
+            raise ChexInputError("do_convert_rgb cannot be False: the image encoder takes three (equal) channels.")
         side = size.height
         frames = [image_frame(*image.shape, geometry) for image in images]
         pixel_values = np.empty((len(images), 3, side, side), dtype=np.float32)
         for output, image, frame in zip(pixel_values, images, frames, strict=True):
             output[:] = resize_frame(image, frame, side, resample)
+        if do_rescale and rescale_factor is not None and rescale_factor != 1 / 255:
+            pixel_values *= np.float32(255 * rescale_factor)
         if do_normalize:
             pixel_values = (pixel_values - np.float32(image_mean)) / np.float32(image_std)
         data = {

@@ -858,7 +858,7 @@ def test_gradient_checkpointing_changes_nothing(model, transformers_log):
     assert checkpointed.detector.layers[0].gradient_checkpointing
     assert checkpointed.post_decoder.layers[0].gradient_checkpointing
     assert checkpointed.vision_model.encoder.layers[0].gradient_checkpointing
-    assert not checkpointed.sentence_generator.language_model.transformer.h[0].gradient_checkpointing
+    assert checkpointed.sentence_generator.language_model.transformer.h[0].gradient_checkpointing
     for network in (plain, checkpointed):
         torch.manual_seed(0)
         total_loss(network).backward()
