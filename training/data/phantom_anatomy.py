@@ -188,10 +188,10 @@ def sample_pose(dice: Dice) -> Pose:
     return Pose(
         anteroposterior=anteroposterior,
         inspiration=dice.uniform(0.03, 0.09) if anteroposterior else dice.uniform(-0.015, 0.04),
-        zoom=dice.bell(0.92, 1.16) if loose == 1.0 else dice.uniform(1.08, 1.26),
-        angle=dice.bell(-0.075, 0.075) * min(loose, 2.0),
-        shift_x=dice.bell(-0.035, 0.035) * min(loose, 2.0),
-        shift_y=dice.bell(-0.035, 0.035) * loose,
+        zoom=dice.uniform(0.88, 1.15) if loose == 1.0 else dice.uniform(1.08, 1.26),
+        angle=dice.bell(-0.13, 0.13) * min(loose, 1.2),
+        shift_x=dice.uniform(-0.055, 0.055) * min(loose, 1.2),
+        shift_y=dice.uniform(-0.045, 0.045) if loose == 1.0 else dice.bell(-0.035, 0.035) * loose,
         margins=tuple(margins),
     )
 
