@@ -403,13 +403,19 @@ class ChexSupervision(ImageSupervision):
             **arguments,
         )
         if "anatomy_statement" in terms:
-            labels = batch.anatomy_labels[:, anatomies]
+            labels, observed, asked = batch.anatomy_labels[:, anatomies], present, features
+            if answer is not None:
+                # Also of every annotated box: regions are classified from boxes, and pooling costs little.
+                given = self.model.encode_boxes(image_features, batch.anatomy_boxes)
+                asked = torch.cat([features, given], dim=1)
+                labels = torch.cat([labels, batch.anatomy_labels], dim=1)
+                observed = torch.cat([present, batch.anatomy_present], dim=1)
             losses["anatomy_statement"] = statement_loss(
-                features,
+                asked,
                 positive,
                 negative,
                 labels,
-                present[..., None].expand_as(labels),
+                observed[..., None].expand_as(labels),
                 collectives=process_collectives(),
             )
         if "anatomy_presence" in terms and answer is not None:
