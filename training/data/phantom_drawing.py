@@ -470,8 +470,7 @@ def _vessels(body: Body, thorax: Thorax, film: Film, by_class: dict[str, Finding
     start = np.array([thorax.hilum_offset - 0.03 + 0.02 * rng.random(count), hila + 0.045 * sine])
     length = (0.05 + 0.03 * rng.random(count)) * (1.0 + 0.25 * np.abs(sine))
     width = 0.0125 * (0.75 + 0.45 * rng.random(count)) * swell * body.vessel_density
-    # Straight to Pillow's drawing core: the lines are many and have no joints, and `line` only repeats checks.
-    draw = sketch.draw.draw.draw_lines
+    draw = sketch.draw.line
     for value, halves in ((200, 2), (165, 2), (130, 4)):
         # The finest branches get more bends instead of children.
         path = [start]
@@ -484,7 +483,7 @@ def _vessels(body: Body, thorax: Thorax, film: Film, by_class: dict[str, Finding
         lines = lines.transpose(2, 0, 1) @ sketch.matrix.T + sketch.offset
         widths = np.maximum(1, np.rint(width * sketch.unit)).astype(int).tolist()
         for line, thick in zip(lines.reshape(len(lines), -1).tolist(), widths, strict=True):
-            draw(line, value, thick)
+            draw(line, fill=value, width=thick)
         spread = rng.uniform(0.22, 0.5, len(angle))
         angle = np.concatenate([angle - spread * 0.6, angle + spread])
         start = np.concatenate([path[-1], path[-1]], axis=1)
