@@ -20,6 +20,8 @@ class ChexDetectorConfig(PreTrainedConfig):
         num_attention_heads (`int`, defaults to 8): Attention heads; they divide `ChexConfig.projection_dim`.
         intermediate_size (`int`, defaults to 2048): Hidden width of the feed-forward and output networks.
         num_regions (`int`, defaults to 3): Boxes R predicted for each query.
+        region_token_std (`float`, *optional*): Standard deviation of the R region tokens at initialisation; defaults
+            to `projection_dim ** -0.5`. Tokens that start further apart learn sooner to locate different boxes.
         hidden_act (`str`, defaults to `"gelu"`): Activation of all detector networks.
         dropout, attention_dropout, drop_path (`float`): Regularisation, active in training only.
         layer_scale_init (`float`, defaults to 0.1): Initial value of the LayerScale vectors.
@@ -38,6 +40,7 @@ class ChexDetectorConfig(PreTrainedConfig):
     num_attention_heads: int = 8
     intermediate_size: int = 2048
     num_regions: int = 3
+    region_token_std: float | int | None = None
     hidden_act: str = "gelu"
     dropout: float | int = 0.3
     attention_dropout: float | int = 0.1

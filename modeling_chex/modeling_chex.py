@@ -68,7 +68,8 @@ class ChexPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ChexLayerScale):
             init.constant_(module.lambda1, module.initial_value)
         elif isinstance(module, ChexPromptDetector):
-            init.normal_(module.region_tokens, std=module.region_tokens.shape[-1] ** -0.5)
+            std = module.config.region_token_std or module.region_tokens.shape[-1] ** -0.5
+            init.normal_(module.region_tokens, std=std)
         elif isinstance(module, ChexPostDecoder):
             init.zeros_(module.gate)
         elif isinstance(module, ChexModel):

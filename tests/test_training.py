@@ -715,3 +715,54 @@ def test_collectives_of_two_processes(tmp_path):
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+
+
+def test_phrases_of_a_step_are_true_or_false(runs, workspace):
+    """Every image is asked for one of its own grounded phrases, and for one about a finding that it does not show."""
+    options = arguments(workspace, "stage1", workspace / "none")[2:]
+    config = load_config(CONFIG_DIR / "phantom" / "stage1.yaml", options)
+    parts = importlib.import_module("training.stage1").build(config)
+    supervision, records = parts.supervision, parts.train_data
+    batch = records.__getitems__(list(range(24)))[0]
+    own, foreign = 0, 0
+    for seed in range(8):
+        phrases, boxes, mask = supervision._choose_phrases(batch, torch.Generator().manual_seed(seed))
+        assert phrases.shape == (24, 2) and boxes.shape[:2] == mask.shape[:2] == (24, 2)
+        for image in range(24):
+            written = batch.class_phrases[image]
+            shown = {label for label in range(len(written)) if batch.class_labels[image, label]}
+            true, false = phrases[image].tolist()
+            assert (true >= 0) == bool(batch.class_box_mask[image].any())
+            if true >= 0:
+                own += 1
+                (label,) = {label for label in shown if true in written[label].tolist()}
+                expected = batch.class_boxes[image, label][written[label] == true]
+                assert torch.equal(boxes[image, 0][mask[image, 0]], expected)
+            if false >= 0:
+                foreign += 1
+                about = {label for label in range(len(written)) if (batch.class_phrases[:, label] == false).any()}
+                assert about and not about & shown
+            assert not mask[image, 1].any()
+    assert own > 40 and foreign > 40
+
+
+def test_every_annotated_region_teaches_the_statements(runs, workspace):
+    """However few regions are decoded from text, the boxes of all of them take part in `anatomy_statement`."""
+    options = arguments(workspace, "stage1", workspace / "none", "objectives.anatomies_per_classification=1")[2:]
+    config = load_config(CONFIG_DIR / "phantom" / "stage1.yaml", options)
+    parts = importlib.import_module("training.stage1").build(config)
+    supervision = parts.supervision.train()
+    batch = parts.train_data.__getitems__([0, 1, 2, 3])[0]
+
+    def statement_loss():
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return supervision(batch, 0)["anatomy_statement"].item()
+
+    before = statement_loss()
+    assert statement_loss() == before
+    for region in (0, 5, 16, 24, 28):
+        batch.anatomy_labels[:, region] = ~batch.anatomy_labels[:, region]
+        assert statement_loss() != before
+        batch.anatomy_labels[:, region] = ~batch.anatomy_labels[:, region]
+    assert statement_loss() == before

@@ -256,6 +256,7 @@ class ChexSupervision(ImageSupervision):
                 answers["phrases"]["region_scores"],
                 phrase_boxes,
                 phrase_mask,
+                phrases >= 0,
                 options.pathology.detection,
                 options.mode,
                 collectives,
@@ -295,14 +296,26 @@ class ChexSupervision(ImageSupervision):
         return sentences[:, (sentences >= 0).any(0)]
 
     def _choose_phrases(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """One grounded phrase of each image (N, 1), -1 for none, and its boxes (N, 1, T, 4) with their mask."""
+        """
+        Two phrases for each image (N, 2), -1 for none, and their boxes (N, 2, T, 4) with their mask: one of its own
+        that is grounded, and one of another image about a class that is absent here, which has no box.
+        """
         slots = batch.class_phrases.shape[2]
         grounded = batch.class_box_mask.flatten(1) & (batch.class_phrases.flatten(1) >= 0)
         chosen = _random_order(grounded, generator)[:, :1]
-        phrases = batch.class_phrases.flatten(1).gather(1, chosen).masked_fill(~grounded.gather(1, chosen), -1)
+        own = batch.class_phrases.flatten(1).gather(1, chosen).masked_fill(~grounded.gather(1, chosen), -1)
         rows, classes = torch.arange(len(chosen), device=chosen.device), chosen.squeeze(1) // slots
-        mask = batch.class_box_mask[rows, classes] & (batch.class_phrases[rows, classes] == phrases)
-        return phrases, batch.class_boxes[rows, classes][:, None], mask[:, None]
+        mask = batch.class_box_mask[rows, classes] & (batch.class_phrases[rows, classes] == own)
+
+        shift = int(torch.randint(1, max(2, len(own)), (1,), generator=generator))
+        present = batch.class_labels[rows, classes.roll(shift)].bool()
+        foreign = own.roll(shift, 0).masked_fill(present[:, None], -1)
+        boxes = batch.class_boxes[rows, classes]
+        return (
+            torch.cat([own, foreign], dim=1),
+            torch.stack([boxes, torch.zeros_like(boxes)], dim=1),
+            torch.stack([mask, torch.zeros_like(mask)], dim=1),
+        )
 
     def _choose_anatomies(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Single anatomies to decode in this step (indices), and which of them count for detection and MSE."""
@@ -403,13 +416,19 @@ class ChexSupervision(ImageSupervision):
             **arguments,
         )
         if "anatomy_statement" in terms:
-            labels = batch.anatomy_labels[:, anatomies]
+            labels, observed, asked = batch.anatomy_labels[:, anatomies], present, features
+            if answer is not None:
+                # Also of every annotated box: regions are classified from boxes, and pooling costs little.
+                given = self.model.encode_boxes(image_features, batch.anatomy_boxes)
+                asked = torch.cat([features, given], dim=1)
+                labels = torch.cat([labels, batch.anatomy_labels], dim=1)
+                observed = torch.cat([present, batch.anatomy_present], dim=1)
             losses["anatomy_statement"] = statement_loss(
-                features,
+                asked,
                 positive,
                 negative,
                 labels,
-                present[..., None].expand_as(labels),
+                observed[..., None].expand_as(labels),
                 collectives=process_collectives(),
             )
         if "anatomy_presence" in terms and answer is not None:

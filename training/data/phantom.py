@@ -97,11 +97,15 @@ class PhantomSample:
     masks: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+@lru_cache(maxsize=64)
+def _is_pair(seed: int, pair: int) -> bool:
+    return np.random.default_rng([seed, 3, pair]).random() < PAIR_SHARE
+
+
 def subject_index(seed: int, index: int) -> int:
     """The person of a study: pairs (2k, 2k + 1) are the same person in a fixed share of cases."""
     pair = index // 2
-    same = np.random.default_rng([seed, 3, pair]).random() < PAIR_SHARE
-    return 2 * pair if same else index
+    return 2 * pair if _is_pair(seed, pair) else index
 
 
 def _check_size(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -147,9 +151,11 @@ def render_phantom(
     matrix, offset = pose.matrix(height, width)
     visible = pose.visible(height, width)
 
-    boxes, shares = clip_boxes_to_frame(hull_boxes(thorax.anatomy_outlines(), matrix, offset), visible)
-    present = shares >= MIN_ANATOMY_SHARE
-    boxes = np.where(present[:, None], boxes, 0.0).astype(np.float32)
+    outlines = [*thorax.anatomy_outlines(), *(outline for finding in findings for outline in finding.outlines)]
+    all_boxes, shares = clip_boxes_to_frame(hull_boxes(outlines, matrix, offset), visible)
+    present = shares[: len(ANATOMY_NAMES)] >= MIN_ANATOMY_SHARE
+    boxes = np.where(present[:, None], all_boxes[: len(ANATOMY_NAMES)], 0.0).astype(np.float32)
+    finding_boxes = iter(all_boxes[len(ANATOMY_NAMES) :].tolist())
 
     labels = np.zeros((len(ANATOMY_NAMES), len(PHANTOM_CLASSES)), dtype=np.int8)
     class_labels = np.zeros(len(PHANTOM_CLASSES), dtype=np.int8)
@@ -161,11 +167,10 @@ def render_phantom(
         for region in finding.regions:
             if present[region]:
                 labels[region, _CLASS_INDEX[finding.category]] = 1
-        finding_boxes, _ = clip_boxes_to_frame(hull_boxes(finding.outlines, matrix, offset), visible)
-        for box in finding_boxes.tolist():
+        for _ in finding.outlines:
             objects.append(
                 PhantomObject(
-                    box=tuple(box),
+                    box=tuple(next(finding_boxes)),
                     category=finding.category,
                     side=SIDE_NAMES.get(finding.side, ""),
                     severity=SEVERITY_WORDS[finding.category][finding.severity],

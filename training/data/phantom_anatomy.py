@@ -14,15 +14,23 @@ import numpy as np
 from processing_chex.vocabulary import ANATOMY_NAMES
 
 
-RIGHT, LEFT = -1, 1
+RIGHT, BOTH, LEFT = -1, 0, 1
 SIDE_NAMES = {RIGHT: "right", LEFT: "left"}
 
 # Sampling of outlines, and of the curves that placement looks up.
 _EVEN = np.linspace(0.0, 1.0, 40)
 _DENSE = _EVEN**1.6
+_UPPER, _LOWER = np.arange(16) / 16, np.linspace(0.0, 1.0, 24)
+_SPINE = np.linspace(-0.02, 1.02, 24)
 _GRID = 256
+_GRID_LEVELS = np.linspace(0.0, 1.0, _GRID + 1)
 _CIRCLE = np.linspace(0.0, 2 * np.pi, 32, endpoint=False)
 _UNIT_CIRCLE = np.stack([np.cos(_CIRCLE), np.sin(_CIRCLE)], axis=1)
+# Along a clavicle, from the sternal to the acromial end: position, what it rises, its wave, half its thickness.
+_SHAFT = np.linspace(0.0, 1.0, 14)
+_SHAFT_RISE = _SHAFT**0.8
+_SHAFT_WAVE = 0.016 * np.sin(2 * np.pi * _SHAFT * 0.9)
+_SHAFT_HALF = 0.0115 + 0.004 * (1.0 - _SHAFT) ** 3 + 0.002 * _SHAFT
 
 
 class Dice:
@@ -188,10 +196,10 @@ def sample_pose(dice: Dice) -> Pose:
     return Pose(
         anteroposterior=anteroposterior,
         inspiration=dice.uniform(0.03, 0.09) if anteroposterior else dice.uniform(-0.015, 0.04),
-        zoom=dice.bell(0.92, 1.16) if loose == 1.0 else dice.uniform(1.08, 1.26),
-        angle=dice.bell(-0.075, 0.075) * min(loose, 2.0),
-        shift_x=dice.bell(-0.035, 0.035) * min(loose, 2.0),
-        shift_y=dice.bell(-0.035, 0.035) * loose,
+        zoom=dice.uniform(0.88, 1.15) if loose == 1.0 else dice.uniform(1.08, 1.26),
+        angle=dice.bell(-0.13, 0.13) * min(loose, 1.2),
+        shift_x=dice.uniform(-0.055, 0.055) * min(loose, 1.2),
+        shift_y=dice.uniform(-0.045, 0.045) if loose == 1.0 else dice.bell(-0.035, 0.035) * loose,
         margins=tuple(margins),
     )
 
@@ -241,11 +249,10 @@ class Thorax:
         self.upper_edge = dict.fromkeys((RIGHT, LEFT), body.hilum_level - 0.075 - 0.3 * lift)
         self.lower_edge = dict.fromkeys((RIGHT, LEFT), body.hilum_level + 0.065 - 0.35 * lift)
         self.apical_edge = body.clavicle_level - 0.005
-        self._corners: dict[int, tuple[float, float]] = {}
         self._clavicles: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._lists: dict[int, tuple[list[float], list[float], list[float]]] = {}
 
-    # -- curves --
+    # -- curves: of one side, or of BOTH at once as rows (2, N), right first; v and a are (N,) or (2, N) --
 
     def lateral(self, side: int, v: np.ndarray, drop: float = 0.0, retreat: float = 0.0) -> np.ndarray:
         """Distance of the lung's lateral edge from the midline at level v.
@@ -255,7 +262,7 @@ class Thorax:
         body = self.body
         apex = body.apex_level + drop
         share = unit((v - apex) / (self.widest - apex))
-        width = self.widths[side]
+        width = _column(self.widths, side)
         rise = (1.0 - (1.0 - share) ** 2.3) ** body.apex_fullness
         below = np.maximum(v - self.widest, 0.0)
         edge = body.apex_offset + (width - body.apex_offset) * rise - 0.3 * below * below
@@ -272,30 +279,38 @@ class Thorax:
     def medial(self, side: int, v: np.ndarray) -> np.ndarray:
         """Distance of the mediastinal border (vessels, aortic knob, heart) from the midline at level v."""
         if side == RIGHT:
-            edge = np.full_like(v, 0.052)
-            edge = np.maximum(edge, self.svc_reach * _arch(v, 0.36, 0.2))
-            middle = self.heart_bottom - 0.085
-            half = np.where(v < middle, middle - self.heart_top + 0.02, 0.15)
-            edge = np.maximum(edge, self.heart_right * _arch(v, middle, half) ** 1.2)
+            edge = self._right_border(v)
+        elif side == LEFT:
+            edge = self._left_border(v)
         else:
-            edge = np.full_like(v, 0.056)
-            edge = np.maximum(edge, self.knob_reach * _arch(v, self.body.knob_level, self.knob_radius))
-            edge = np.maximum(edge, 0.078 * _arch(v, self.hila[LEFT] - 0.025, 0.085))
-            share = unit((v - self.heart_top + 0.02) / (self.heart_apex - self.heart_top + 0.02))
-            upper = 0.06 + (self.heart_left - 0.06) * np.sin(0.5 * np.pi * share) ** 1.15
-            fall = unit((v - self.heart_apex) / 0.13)
-            edge = np.maximum(edge, np.where(share < 1.0, upper, self.heart_left * np.sqrt(1.0 - fall**2)))
+            right, left = v if v.ndim == 2 else (v, v)
+            edge = np.array([self._right_border(right), self._left_border(left)])
         return np.maximum(edge, self.apex_medial(v))
+
+    def _right_border(self, v: np.ndarray) -> np.ndarray:
+        edge = np.maximum(0.052, self.svc_reach * _arch(v, 0.36, 0.2))
+        middle = self.heart_bottom - 0.085
+        half = np.where(v < middle, middle - self.heart_top + 0.02, 0.15)
+        return np.maximum(edge, self.heart_right * _arch(v, middle, half) ** 1.2)
+
+    def _left_border(self, v: np.ndarray) -> np.ndarray:
+        edge = np.maximum(0.056, self.knob_reach * _arch(v, self.body.knob_level, self.knob_radius))
+        edge = np.maximum(edge, 0.078 * _arch(v, self.hila[LEFT] - 0.025, 0.085))
+        share = unit((v - self.heart_top + 0.02) / (self.heart_apex - self.heart_top + 0.02))
+        upper = 0.06 + (self.heart_left - 0.06) * np.sin(0.5 * np.pi * share) ** 1.15
+        fall = unit((v - self.heart_apex) / 0.13)
+        return np.maximum(edge, np.where(share < 1.0, upper, self.heart_left * np.sqrt(1.0 - fall * fall)))
 
     def diaphragm(self, side: int, a: np.ndarray) -> np.ndarray:
         """Level of the diaphragm at distance a from the midline."""
         body = self.body
-        share = a / (self.widths[side] - 0.006)
+        dome = _column(self.domes, side)
+        share = a / (_column(self.widths, side) - 0.006)
         peak = body.dome_position
         inner = unit((peak - share) / peak)
         outer = np.minimum(np.maximum((share - peak) / (1.0 - peak), 0.0), 1.08)
-        depth = self.angles[side] - self.domes[side]
-        return self.domes[side] + 0.035 * inner**2 + depth * outer**body.dome_power
+        depth = _column(self.angles, side) - dome
+        return dome + 0.035 * inner * inner + depth * outer**body.dome_power
 
     def spine(self, v: np.ndarray) -> np.ndarray:
         """u of the spine's middle line at level v."""
@@ -304,35 +319,24 @@ class Thorax:
 
     # -- outlines --
 
+    @cached_property
+    def _costophrenic(self) -> tuple[np.ndarray, np.ndarray]:
+        level = _column(self.angles, BOTH)
+        for _ in range(3):
+            edge = self.lateral(BOTH, level)
+            level = self.diaphragm(BOTH, edge)
+        return edge, level
+
     def corner(self, side: int) -> tuple[float, float]:
         """(a, v) of the costophrenic angle: where lateral edge and diaphragm meet."""
-        if side not in self._corners:
-            level = self.angles[side]
-            for _ in range(3):
-                edge = float(self.lateral(side, np.float64(level)))
-                level = float(self.diaphragm(side, np.float64(edge)))
-            self._corners[side] = edge, level
-        return self._corners[side]
-
-    def lung_outline(self, side: int) -> np.ndarray:
-        """(N, 2) outline of a lung in (a, v): down the lateral edge, inwards on the diaphragm, up the medial edge."""
-        edge, level = self.corner(side)
-        top = self.body.apex_level
-        # Denser at the apex, where the edge is nearly horizontal.
-        down = top + (level - top) * _DENSE
-        inner = float(self.medial(side, np.float64(self.domes[side] + 0.015)))
-        across = edge + (inner - edge) * _EVEN
-        floor = self.diaphragm(side, across)
-        up = top + (floor[-1] - top) * _DENSE
-        a = np.concatenate([self.lateral(side, down), across, self.medial(side, up)])
-        return np.stack([a, np.concatenate([down, floor, up])], axis=1)
+        row = 0 if side == RIGHT else 1
+        return tuple(float(values[row, 0]) for values in self._costophrenic)
 
     def contains(self, side: int, a: float, v: float, margin: float) -> bool:
         """True if a disc of radius `margin` around (a, v) lies in the aerated lung."""
         if side not in self._lists:
-            v_grid = np.linspace(0.0, 1.0, _GRID + 1)
-            curves = (self.lateral(side, v_grid), self.medial(side, v_grid), self.diaphragm(side, v_grid))
-            self._lists[side] = tuple(curve.tolist() for curve in curves)
+            curves = (self.lateral, self.medial, self.diaphragm)
+            self._lists[side] = tuple(curve(side, _GRID_LEVELS).tolist() for curve in curves)
         lateral, medial, floor = self._lists[side]
         if not (self.body.apex_level + margin < v < 0.95 and margin < a < 0.95):
             return False
@@ -342,63 +346,73 @@ class Thorax:
                 return False
         return all(floor[int(x * _GRID + 0.5)] - margin > v for x in (a - margin, a, a + margin))
 
-    def clavicle(self, side: int, points: int = 14) -> tuple[np.ndarray, np.ndarray]:
+    def clavicle(self, side: int) -> tuple[np.ndarray, np.ndarray]:
         """Upper and lower border of a clavicle, each (N, 2) in (a, v) from the sternal to the acromial end."""
-        body = self.body
-        if side in self._clavicles:
-            return self._clavicles[side]
-        share = np.linspace(0.0, 1.0, points)
-        a = 0.042 + (self.widths[side] * 1.02 - 0.042) * share
-        wave = 0.016 * np.sin(2 * np.pi * share * 0.9)
-        v = body.clavicle_level - body.clavicle_rise * share**0.8 + wave
-        half = 0.0115 + 0.004 * (1.0 - share) ** 3 + 0.002 * share
-        self._clavicles[side] = np.stack([a, v - half], axis=1), np.stack([a, v + half], axis=1)
+        if side not in self._clavicles:
+            body = self.body
+            a = 0.042 + (self.widths[side] * 1.02 - 0.042) * _SHAFT
+            v = body.clavicle_level - body.clavicle_rise * _SHAFT_RISE + _SHAFT_WAVE
+            self._clavicles[side] = np.array([a, v - _SHAFT_HALF]).T, np.array([a, v + _SHAFT_HALF]).T
         return self._clavicles[side]
 
     def anatomy_outlines(self) -> list[np.ndarray]:
         """Outlines (N, 2) in (u, v) of the 29 regions, in the order of the vocabulary; their hulls are the boxes."""
         regions: dict[str, np.ndarray] = {}
         body = self.body
-        for side, name in SIDE_NAMES.items():
-            lung = self.lung_outline(side)
-            edge, level = self.corner(side)
-            # Levels where zones are cut, with the edges of the lung there.
-            cuts = np.array(
-                [body.apex_level, self.apical_edge, self.upper_edge[side], self.lower_edge[side], level - 0.075]
-            )
-            edges = np.stack([self.lateral(side, cuts), cuts, self.medial(side, cuts), cuts], axis=1).reshape(-1, 2, 2)
-            across = 0.05 + (edge - 0.05) * _EVEN
-            floor = np.stack([across, self.diaphragm(side, across)], axis=1)
-            # From distance to the midline to u.
-            lung[:, 0] *= side
-            edges[:, :, 0] *= side
-            floor[:, 0] *= side
-            heights = lung[:, 1]
-            above = [heights <= cut for cut in cuts]
+        edges, levels = self._costophrenic
+        top = body.apex_level
+        # Down the lateral edge, inwards on the diaphragm, up the medial edge; denser at the apex, where the edge is
+        # nearly horizontal. Also the whole diaphragm, and the edges of the lung at the levels where zones are cut.
+        cuts = np.array(
+            [
+                [top, self.apical_edge, self.upper_edge[side], self.lower_edge[side], level - 0.075]
+                for side, level in zip(SIDE_NAMES, levels[:, 0].tolist(), strict=True)
+            ]
+        )
+        down = top + (levels - top) * _DENSE
+        inner = self.medial(BOTH, _column(self.domes, BOTH) + 0.015)
+        across = np.concatenate([edges + (inner - edges) * _EVEN, 0.05 + (edges - 0.05) * _EVEN], axis=1)
+        floor = self.diaphragm(BOTH, across)
+        count = len(_EVEN)
+        up = top + (floor[:, count - 1 : count] - top) * _DENSE
+        lateral = self.lateral(BOTH, np.concatenate([down, cuts], axis=1))
+        medial = self.medial(BOTH, np.concatenate([up, cuts], axis=1))
+        lungs = np.empty((2, 3 * count, 2))
+        lungs[:, :, 0] = np.concatenate([lateral[:, :count], across[:, :count], medial[:, :count]], axis=1)
+        lungs[:, :, 1] = np.concatenate([down, floor[:, :count], up], axis=1)
+        heights = lungs[:, None, :, 1] <= cuts[:, :, None]
+        near = ~heights[:, 4] & (lungs[:, :, 0] > edges - 0.07)
+        # From distance to the midline to u.
+        lungs[0, :, 0] *= RIGHT
+        for row, (side, name) in enumerate(SIDE_NAMES.items()):
+            lung, above = lungs[row], heights[row]
+            # (5, 2, 2): lateral and medial end of each cut.
+            ends = np.array([[side * lateral[row, count:], cuts[row]], [side * medial[row, count:], cuts[row]]]).T
+            ends = ends.swapaxes(1, 2)
             regions[f"{name} lung"] = lung
-            regions[f"{name} apical zone"] = np.concatenate([lung[above[1]], edges[0], edges[1]])
-            regions[f"{name} upper lung zone"] = np.concatenate([lung[above[2]], edges[0], edges[2]])
-            regions[f"{name} mid lung zone"] = np.concatenate([lung[above[3] & ~above[2]], edges[2], edges[3]])
-            regions[f"{name} lower lung zone"] = np.concatenate([lung[~above[3]], edges[3]])
+            regions[f"{name} apical zone"] = np.concatenate([lung[above[1]], ends[0], ends[1]])
+            regions[f"{name} upper lung zone"] = np.concatenate([lung[above[2]], ends[0], ends[2]])
+            regions[f"{name} mid lung zone"] = np.concatenate([lung[above[3] & ~above[2]], ends[2], ends[3]])
+            regions[f"{name} lower lung zone"] = np.concatenate([lung[~above[3]], ends[3]])
             hilum = (side * self.hilum_offset, self.hila[side])
             regions[f"{name} hilar structures"] = _UNIT_CIRCLE * (0.052, 0.078) + hilum
-            near = lung[~above[4] & (lung[:, 0] * side > edge - 0.07)]
-            regions[f"{name} costophrenic angle"] = np.concatenate([near, edges[4, :1], [[side * edge, level]]])
-            regions[f"{name} hemidiaphragm"] = floor
+            edge, level = self.corner(side)
+            regions[f"{name} costophrenic angle"] = np.concatenate(
+                [lung[near[row]], ends[4, :1], [[side * edge, level]]]
+            )
+            regions[f"{name} hemidiaphragm"] = np.array([side * across[row, count:], floor[row, count:]]).T
             regions[f"{name} clavicle"] = np.concatenate(self.clavicle(side)) * (side, 1.0)
         centre = self.trachea_centre()
         regions["trachea"] = _corners(centre - 0.024, 0.03, centre + 0.024, self.carina)
-        levels = np.linspace(-0.02, 1.02, 24)
-        spine = self.spine(levels)
+        spine = self.spine(_SPINE)
         regions["spine"] = np.concatenate(
-            [np.stack([spine - 0.043, levels], axis=1), np.stack([spine + 0.043, levels], axis=1)]
-        )
+            [np.array([spine - 0.043, _SPINE]), np.array([spine + 0.043, _SPINE])], axis=1
+        ).T
         knob = body.knob_level
         regions["aortic arch"] = _corners(0.005, knob - self.knob_radius, self.knob_reach, knob + self.knob_radius)
-        top = body.apex_level + 0.01
         borders = self.borders
         regions["mediastinum"] = np.concatenate(borders)
-        regions["upper mediastinum"] = _corners(-self.svc_reach, top, self.knob_reach, self.carina)
+        regions["upper mediastinum"] = _corners(-self.svc_reach, top + 0.01, self.knob_reach, self.carina)
         junction = self.heart_top + 0.012
         regions["svc"] = _corners(-self.svc_reach, knob - 0.03, -0.018, junction)
         regions["cardiac silhouette"] = self.heart_outline()
@@ -413,11 +427,13 @@ class Thorax:
     @cached_property
     def borders(self) -> tuple[np.ndarray, np.ndarray]:
         """Right and left border of the mediastinum, apices to bottom of the heart, each (N, 2) in (u, v)."""
-        upper = np.linspace(self.body.apex_level + 0.01, self.heart_top, 16, endpoint=False)
-        levels = np.concatenate([upper, np.linspace(self.heart_top, self.heart_bottom, 24)])
+        top = self.body.apex_level + 0.01
+        upper = top + (self.heart_top - top) * _UPPER
+        lower = self.heart_top + (self.heart_bottom - self.heart_top) * _LOWER
         # The knob is small: its widest level has to be among the samples.
-        levels = np.sort(np.append(levels, self.body.knob_level))
-        return tuple(np.stack([side * self.medial(side, levels), levels], axis=1) for side in (RIGHT, LEFT))
+        levels = np.sort(np.concatenate([upper, lower, [self.body.knob_level]]))
+        right, left = self.medial(BOTH, levels)
+        return np.array([RIGHT * right, levels]).T, np.array([left, levels]).T
 
     def heart_outline(self) -> np.ndarray:
         """(N, 2) outline of the cardiac silhouette in (u, v)."""
@@ -428,6 +444,11 @@ class Thorax:
         return 0.4 * float(self.spine(np.float64(0.25))) - 0.004
 
 
+def _column(values: dict[int, float], side: int) -> float | np.ndarray:
+    """The value of one side, or those of both as a column (2, 1)."""
+    return np.array([[values[RIGHT]], [values[LEFT]]]) if side == BOTH else values[side]
+
+
 def unit(values: np.ndarray) -> np.ndarray:
     """Values clipped to [0, 1] (np.clip costs several times as much on short arrays)."""
     return np.minimum(np.maximum(values, 0.0), 1.0)
@@ -435,7 +456,8 @@ def unit(values: np.ndarray) -> np.ndarray:
 
 def _arch(v: np.ndarray, middle: float, half: float) -> np.ndarray:
     """Half an ellipse: 1 in the middle, 0 at and beyond middle +- half."""
-    return np.sqrt(np.maximum(1.0 - ((v - middle) / half) ** 2, 0.0))
+    share = (v - middle) / half
+    return np.sqrt(np.maximum(1.0 - share * share, 0.0))
 
 
 def _corners(left: float, top: float, right: float, bottom: float) -> np.ndarray:
@@ -451,7 +473,7 @@ def hull_boxes(outlines: list[np.ndarray], matrix: np.ndarray, offset: np.ndarra
 
 def clip_boxes_to_frame(boxes: np.ndarray, frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Clip (K, 4) xyxy boxes to a frame (4,) xyxy; also returns the share (K,) of each area that is left."""
-    low, high = np.tile(frame[:2], 2), np.tile(frame[2:], 2)
+    low, high = frame[[0, 1, 0, 1]], frame[[2, 3, 2, 3]]
     clipped = np.minimum(np.maximum(boxes, low), high)
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     left = (clipped[:, 2] - clipped[:, 0]) * (clipped[:, 3] - clipped[:, 1])

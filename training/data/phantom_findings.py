@@ -6,10 +6,9 @@ import numpy as np
 
 from processing_chex.vocabulary import ANATOMY_NAMES, PHANTOM_CLASSES
 
-from .phantom_anatomy import LEFT, RIGHT, SIDE_NAMES, Body, Dice, Pose, Thorax
+from .phantom_anatomy import BOTH, LEFT, RIGHT, SIDE_NAMES, Body, Dice, Pose, Thorax
 
 
-BOTH = 0
 NORMAL_SHARE = 0.3
 # Chances of one, two or three classes in an abnormal image.
 COUNT_CHANCES = (0.25, 0.35, 0.40)

@@ -7,6 +7,7 @@ but varied: several wordings per statement, severities, sides, zones, negations 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from processing_chex.vocabulary import ANATOMY_NAMES, PHANTOM_CLASSES
 
@@ -168,6 +169,7 @@ _BORDERLINE_HEART = ("The heart size is at the upper limit of normal.",)
 BORDERLINE_RATIO = 0.478
 
 
+@lru_cache(maxsize=4096)
 def _sentence(template: str, **words: str) -> str:
     text = template.format(**words)
     return text[0].upper() + text[1:]
@@ -205,6 +207,10 @@ def _base_name(region: str) -> tuple[str, str]:
     return (side, rest) if side in ("right", "left") else ("", region)
 
 
+# (region, side, name without the side) by index.
+_REGIONS = [(region, *_base_name(region)) for region in ANATOMY_NAMES]
+
+
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What is visible besides the findings.
@@ -231,8 +237,7 @@ def region_sentences(index: int, findings: Sequence[Finding], facts: Facts, dice
         facts: What is visible besides the findings.
         dice: Source of the wording.
     """
-    region = ANATOMY_NAMES[index]
-    side, base = _base_name(region)
+    region, side, base = _REGIONS[index]
     sentences = []
     for finding in findings:
         words = _words(finding) | {"region": region, "side": side or "bilateral"}

@@ -274,6 +274,7 @@ def sentence_detection_loss(
     region_scores: Tensor,
     target_boxes: Tensor,
     target_mask: Tensor,
+    annotated: Tensor,
     options: DetectionOptions = DEFAULT_DETECTION,
     objective_mode: ObjectiveMode = "corrected",
     collectives: Collectives = SINGLE_PROCESS,
@@ -286,7 +287,8 @@ def sentence_detection_loss(
         region_boxes: (N, S, R, 4).
         region_scores: (N, S, R).
         target_boxes: (N, S, T, 4), padded.
-        target_mask: (N, S, T) bool, valid targets; phrases without any take no part.
+        target_mask: (N, S, T) bool, valid targets; none for a phrase that is not true of the image.
+        annotated: (N, S) bool, phrases that take part.
 
     Returns:
         A scalar.
@@ -300,7 +302,7 @@ def sentence_detection_loss(
         no_class,
         target_boxes,
         target_mask,
-        target_mask.any(dim=-1),
+        annotated,
         options,
         objective_mode,
         collectives,
