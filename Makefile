@@ -6,7 +6,7 @@ SOURCES := modeling_chex processing_chex training evaluation space_app tests ben
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-slow lint format clean
 
 # Installed again only when the requirements have changed.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
@@ -25,6 +25,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.test-data
 	$(BIN)/python -m pytest
+
+# The rest: conversion of a full-size checkpoint (8 GB of disk, 5 GB of memory), compilation.
+test-slow: $(VENV)/.test-data
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check $(SOURCES)

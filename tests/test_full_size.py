@@ -111,9 +111,7 @@ def write_full_size_checkpoint(path: Path, keys: dict[str, tuple[int, ...]], con
 
 
 @pytest.mark.slow
-def test_full_size_checkpoint(full_size_keys, tmp_path, request):
-    if "slow" not in request.config.getoption("markexpr"):
-        pytest.skip("writes 8.4 GB; run with -m slow")
+def test_full_size_checkpoint(full_size_keys, tmp_path):
     if shutil.disk_usage(tmp_path).free < 12 * GIGABYTE:
         pytest.skip("needs 12 GB of free disk")
     config = json.loads((GOLDEN_DIR / "golden.json").read_text(encoding="utf-8"))["config"]
