@@ -45,7 +45,7 @@ def test_a_second_run_reuses_what_exists_and_says_so(demo_dir, caplog):
 
 
 def test_example_of_the_readme(demo_dir, tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    *_, code = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert "runs/demo/model" in code
     Image.effect_noise((150, 180), 40).save(tmp_path / "scan.png")
     monkeypatch.chdir(tmp_path)

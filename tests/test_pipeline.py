@@ -306,14 +306,16 @@ def test_select_findings_by_presence_and_regions_by_sign():
 def test_readme_examples(model_folder, tmp_path, monkeypatch):
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model_folder, tmp_path / "runs" / "demo" / "model")
     save_image(tmp_path / "scan.png", gradient(128, 160))
     save_dicom(tmp_path / "other.dcm", gradient(128, 160, 4095, np.uint16), bits_stored=12)
-    namespaces = [{}, {}]
+    namespaces = [{}, {}, {}]
     for block, namespace in zip(blocks, namespaces, strict=True):
         exec(block, namespace)
     assert [answer.kind for answer in namespaces[0]["answers"].answers] == ["prompt", "prompt", "box"]
     assert namespaces[0]["report"].to_dict()["width"] == 160
     assert [len(result["answers"]) for result in namespaces[1]["results"]] == [1, 2]
+    (answer,) = namespaces[2]["answers"]
+    assert answer["prompts"] == ["Pleural effusion", "Right lower lung zone"] and len(answer["sentences"]) == 2
