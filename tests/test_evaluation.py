@@ -374,7 +374,7 @@ def test_constant_texts(data, image_processor):
     scores = score_constant_texts(train, test, label_text, PHANTOM_CLASSES)
     options = scores["details"]["report"]["all"]
     assert scores["report_f1"] == options[scores["details"]["report"]["kind"]]
-    assert options["most frequent report"] == pytest.approx(0.0)
+    assert options["most frequent report"] < scores["report_f1"] == max(options.values())
     assert 0.1 < scores["report_f1"] < 0.7
     assert 0.0 < scores["description_f1"] < 0.6
 

@@ -31,6 +31,7 @@ from training.objectives import (
     pathology_objective,
     random_subset,
     sentence_contrastive_loss,
+    sentence_detection_loss,
     sentence_mse_loss,
     sentence_objective,
     subsample_classes,
@@ -914,3 +915,28 @@ def test_sentence_options_reach_the_losses():
     u = sentence["patch_features"].flatten(1, 2).mean(1)
     t = torch.stack([z[n][mask[n]].mean(0) if mask[n].any() else torch.zeros(8) for n in range(4)])
     assert_close(terms["global_contrastive"], global_contrastive_loss(u, t, 0.5, mask.any(1)))
+
+
+def test_phrases_are_scored_by_their_truth():
+    """All regions of a true phrase should score 1, those of a false one 0; boxes are learnt from true phrases only."""
+    generator = torch.Generator().manual_seed(0)
+    boxes = torch.rand((2, 2, 3, 4), generator=generator) * 0.3 + 0.3
+    targets = torch.rand((2, 2, 2, 4), generator=generator) * 0.3 + 0.3
+    mask = torch.tensor([[[True, False], [False, False]], [[True, True], [False, False]]])
+    annotated = torch.tensor([[True, True], [True, False]])
+
+    def loss(scores, region_boxes=boxes):
+        return sentence_detection_loss(region_boxes, scores, targets, mask, annotated)
+
+    truth = mask.any(-1)[..., None].expand(2, 2, 3).float()
+    best = loss(truth)
+    assert loss(1 - truth) > best + 5
+    assert loss(torch.full_like(truth, 0.5)) - best == pytest.approx(math.log(2), abs=1e-5)
+    moved = boxes.clone()
+    moved[:, 1] += 0.1  # boxes of false and of left-out phrases do not count
+    assert loss(truth, moved) == best
+    moved[0, 0] += 0.1
+    assert loss(truth, moved) != best
+    left_out = truth.clone()
+    left_out[1, 1] = 1.0
+    assert loss(left_out) == best

@@ -249,7 +249,8 @@ def anatomy_detection_loss(
 def presence_loss(
     region_scores: Tensor, present: Tensor, annotated: Tensor, collectives: Collectives = SINGLE_PROCESS
 ) -> Tensor:
-    """Cross-entropy of the region scores of anatomy queries with the presence of the anatomy in the image.
+    """Cross-entropy of the region scores of anatomy queries with the presence of the anatomy in the image (and of
+    phrases with their truth, see `sentence_detection_loss`).
 
     Not in the paper, whose anatomy scores are supervised by nothing: whether an anatomy then counts as found is left
     to chance.
@@ -279,7 +280,13 @@ def sentence_detection_loss(
     objective_mode: ObjectiveMode = "corrected",
     collectives: Collectives = SINGLE_PROCESS,
 ) -> Tensor:
-    """The pathology detection loss for phrases whose boxes are annotated, without the class term of the cost.
+    """Boxes of phrases, and whether a phrase is true of the image at all.
+
+        L = box_loss + presence
+
+    with the box loss of `pathology_detection_loss` (without the class term of the matching cost) and `presence_loss`:
+    every region of a true phrase should score 1, of a false one 0. Duplicates of a box are left to the suppression
+    that follows; a score that told them apart would be low for all of them.
 
     Not in the paper, which has no such training data.
 
@@ -289,12 +296,13 @@ def sentence_detection_loss(
         target_boxes: (N, S, T, 4), padded.
         target_mask: (N, S, T) bool, valid targets; none for a phrase that is not true of the image.
         annotated: (N, S) bool, phrases that take part.
+        options: coefficients of matching and boxes.
 
     Returns:
         A scalar.
     """
     no_class = region_boxes.new_zeros(region_boxes.shape[1], 1)
-    return pathology_detection_loss(
+    detection = pathology_detection_loss(
         region_boxes,
         region_scores,
         region_boxes.new_zeros(*region_scores.shape, 1),
@@ -306,7 +314,9 @@ def sentence_detection_loss(
         options,
         objective_mode,
         collectives,
-    ).loss
+    )
+    present = (target_mask & annotated[..., None]).any(dim=-1)
+    return detection.box_loss + presence_loss(region_scores, present, annotated, collectives)
 
 
 def _mean_of_assigned(values: Tensor, assigned: Tensor) -> Tensor:
