@@ -1,0 +1,383 @@
+"""What the builders of all real data sets share: finding raw folders, reading their tables, going through images."""
+
+import csv
+import gzip
+import hashlib
+import io
+import logging
+import os
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import ClassVar
+
+import datasets
+import numpy as np
+import PIL.Image
+
+from training.data.record import record_features
+
+
+logger = logging.getLogger(__name__)
+
+# Bumped when the same raw files would give other records.
+RECORD_VERSION = "1"
+SPLITS = ("train", "validation", "test")
+# Folders of images, or of one file for each image: nothing else is to be found in them.
+_IMAGE_FOLDERS = ("files", "images", "scene_graph", "train", "test")
+_SEARCH_DEPTH = 4
+
+
+class DroppedRecord(Exception):
+    """An image that the paper's rules leave out. The message is a short reason, the same for all such images."""
+
+
+class RejectedRecord(Exception):
+    """An image that cannot be used because its files are missing, damaged or contradictory; the message says why."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """
+    A raw download that a data set is read from.
+
+    Attributes:
+        key: Short name; the builder configuration has a field `{key}_dir`.
+        title: As in messages.
+        variable: Environment variable that names its folder.
+        markers: Patterns of files relative to its root; one match of each tells that a folder is this root.
+        tree: What is expected in it, for messages.
+        url: Where it is to be had.
+    """
+
+    key: str
+    title: str
+    variable: str
+    markers: tuple[str, ...]
+    tree: str
+    url: str
+
+    def matches(self, folder: Path) -> bool:
+        return all(next(folder.glob(marker), None) is not None for marker in self.markers)
+
+    def find(self, folder: str | Path) -> Path | None:
+        """The root at or below a folder: whatever levels an archive or a downloader has added are passed."""
+        level = [Path(folder)]
+        for _ in range(_SEARCH_DEPTH + 1):
+            for candidate in level:
+                if self.matches(candidate):
+                    return candidate
+            level = [
+                child
+                for parent in level
+                for child in sorted(parent.iterdir())
+                if child.is_dir() and not child.name.startswith(_IMAGE_FOLDERS)
+            ]
+        return None
+
+
+@dataclass
+class RawConfig(datasets.BuilderConfig):
+    """
+    Configuration of a data set that is read from raw downloads; subclasses add one `{key}_dir` for each source.
+
+    Args:
+        missing: "error" to stop when files of images are missing, "skip" to leave these images out.
+        fingerprint: Of the raw tables and the reading code, set by the builder: changed files are a new build.
+    """
+
+    name: str = "default"
+    missing: str = "error"
+    fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.missing not in ("error", "skip"):
+            raise ValueError(f"{type(self).__name__}.missing must be 'error' or 'skip', not {self.missing!r}.")
+
+
+class RawBuilder(datasets.GeneratorBasedBuilder):
+    """
+    Builder of a data set from raw downloads. Images stay where they are: records hold their absolute paths.
+
+    Each source is looked for in its own `{key}_dir`, else below `data_dir`, else in its environment variable.
+
+    Raises:
+        FileNotFoundError: At construction, if a source is nowhere; the message lists the folders that were searched
+            and what was expected there. When building, if images are missing.
+        ValueError: For an unknown argument, or tables that are not what they should be.
+    """
+
+    DATASET: ClassVar[str]  # name on the command line
+    TITLE: ClassVar[str]
+    SOURCES: ClassVar[tuple[Source, ...]]
+    CLASSES: ClassVar[tuple[str, ...]]
+    BUILDER_CONFIG_CLASS = RawConfig
+    DEFAULT_CONFIG_NAME = "default"
+    VERSION = datasets.Version("1.0.0")
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        if kwargs.get("config_name", "default") != "default" or (args[1:] and args[1] != "default"):
+            raise ValueError(f"{type(self).__name__} has the one configuration 'default'; set its fields instead.")
+        self.folders = self._find_sources(kwargs)
+        kwargs |= {f"{key}_dir": str(folder) for key, folder in self.folders.items()}
+        kwargs["fingerprint"] = self._fingerprint()
+        super().__init__(*args, **kwargs)
+        # `datasets` sets the fields of a copied configuration one by one, past its own check.
+        self.config.__post_init__()
+        self.counts: dict[str, Counter[str]] = {}
+
+    def _find_sources(self, kwargs: Mapping[str, object]) -> dict[str, Path]:
+        folders = {}
+        for source in self.SOURCES:
+            given = kwargs.get(f"{source.key}_dir")
+            tried = [given] if given else [kwargs.get("data_dir"), os.environ.get(source.variable)]
+            found = next(
+                (
+                    root
+                    for folder in tried
+                    if folder and Path(folder).is_dir()
+                    for root in [source.find(folder)]
+                    if root
+                ),
+                None,
+            )
+            if found is None:
+                raise FileNotFoundError(source_not_found(self.TITLE, source, [folder for folder in tried if folder]))
+            folders[source.key] = found.resolve()
+        return folders
+
+    def _fingerprint(self) -> str:
+        """Digest of what decides the records besides the images: size and time of the tables, version of the code."""
+        digest = hashlib.sha256(RECORD_VERSION.encode())
+        for path in self.table_files():
+            status = path.stat()
+            digest.update(f"{path}:{status.st_size}:{status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()[:16]
+
+    def table_files(self) -> list[Path]:
+        """Files, other than those of single images, that the records are made from."""
+        return [
+            path
+            for source in self.SOURCES
+            for marker in source.markers
+            for path in sorted(self.folders[source.key].glob(marker))
+            if path.is_file()
+        ]
+
+    @abstractmethod
+    def split_items(self) -> dict[str, list[dict]]:
+        """
+        Split name -> one small picklable dict for each image in a fixed order, with at least `sample_id` and
+        `image_path` (absolute, str). Reads tables only; fills `self.counts[split]` with the images that were left
+        after each filter, in the order of the filters.
+        """
+
+    @abstractmethod
+    def record(self, item: dict) -> dict:
+        """
+        The common record of one item, with the path of its image; may read the files of this one image.
+
+        Raises:
+            DroppedRecord: By a rule of the paper.
+            RejectedRecord: Something is wrong with the files of this image.
+        """
+
+    def load_image(self, path: str | Path) -> np.ndarray:
+        """Decodes one raw image to uint8 (H, W); raises RejectedRecord if it cannot be decoded."""
+        return load_grey(path)
+
+    def image_file(self, path: str | Path) -> str:
+        """An image file that `datasets` can decode, for a raw image."""
+        return str(path)
+
+    def items(self) -> dict[str, list[dict]]:
+        """`split_items`, without empty splits and checked for duplicated ids.
+
+        Raises:
+            ValueError: Nothing is left after the filters, or ids are duplicated.
+        """
+        splits = self.split_items()
+        for name, items in splits.items():
+            repeated = [key for key, count in Counter(item["sample_id"] for item in items).items() if count > 1]
+            if repeated:
+                raise ValueError(
+                    f"{self.TITLE}: {len(repeated)} images stand more than once in the {name} split, such as "
+                    f"{', '.join(repeated[:3])}. The tables were damaged or put together twice: download them again."
+                )
+        if not any(splits.values()):
+            raise ValueError(f"{self.TITLE}: no images are left after the filters.\n{self.funnel()}")
+        for name in [name for name, items in splits.items() if not items and any(self.counts.get(name, {}).values())]:
+            logger.warning("%s: no images are left in the %s split.\n%s", self.TITLE, name, self.funnel())
+        return {name: items for name, items in splits.items() if items}
+
+    def funnel(self) -> str:
+        """How many images were left after each filter, one line for each split."""
+        lines = []
+        for split, counts in self.counts.items():
+            lines.append(f"{split}: " + " -> ".join(f"{count:,} {stage}" for stage, count in counts.items()))
+        return "\n".join(lines)
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(description=self.TITLE, features=record_features(self.CLASSES))
+
+    def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
+        splits = self.items()
+        if self.config.missing == "error":
+            check_images_exist(self.TITLE, splits)
+        return [datasets.SplitGenerator(name=name, gen_kwargs={"items": items}) for name, items in splits.items()]
+
+    def _generate_examples(self, items: list[dict]) -> Iterator[tuple[str, dict]]:
+        left_out: Counter[str] = Counter()
+        for item in items:
+            try:
+                if not Path(item["image_path"]).is_file():
+                    raise RejectedRecord("the image file is missing")
+                record = self.record(item)
+                record["image"] = self.image_file(record["image"])
+            except DroppedRecord as error:
+                left_out[str(error)] += 1
+                continue
+            except RejectedRecord as error:
+                if self.config.missing == "error":
+                    raise ValueError(
+                        f"{self.TITLE}: {item['sample_id']} cannot be used: {error}. missing='skip' leaves such out."
+                    ) from error
+                left_out[str(error)] += 1
+                continue
+            yield item["sample_id"], record
+        if left_out:
+            reasons = "; ".join(f"{count:,}: {reason}" for reason, count in left_out.most_common(10))
+            logger.warning("%s: %d images were left out (%s).", self.TITLE, left_out.total(), reasons)
+
+
+def check_images_exist(title: str, splits: Mapping[str, Sequence[dict]]) -> None:
+    """
+    Raises:
+        FileNotFoundError: Naming the first five of the missing images and how many there are.
+    """
+    paths = [item["image_path"] for items in splits.values() for item in items]
+    missing = [path for path in paths if not Path(path).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{title}: {len(missing):,} of {len(paths):,} images are missing, such as {', '.join(missing[:5])}. "
+            "Complete the download, or leave them out with missing='skip'."
+        )
+
+
+def source_not_found(title: str, source: Source, tried: Sequence[object]) -> str:
+    """The message for a source that is in none of the folders `tried`."""
+    places = ", ".join(
+        f"{folder}{'' if Path(str(folder)).is_dir() else ' (which does not exist)'}" for folder in tried
+    )
+    searched = f"Searched {places} and {_SEARCH_DEPTH} levels of folders below." if tried else "No folder was given."
+    return (
+        f"{title} needs {source.title}, which was not found. {searched} Expected: {source.tree}. Name its folder by "
+        f"{source.key}_dir or the environment variable {source.variable}; it is to be had from {source.url}."
+    )
+
+
+def read_bytes(path: Path) -> bytes:
+    """
+    Content of a file, unpacked if its name ends with .gz.
+
+    Raises:
+        ValueError: It is empty, is a web page that was saved in its place, or cannot be unpacked.
+    """
+    data = path.read_bytes()
+    head = data[:512].lstrip()
+    if not data:
+        raise ValueError(f"{path} is empty: download it again.")
+    if head[:1] == b"<" and b"html" in head.lower():
+        raise ValueError(f"{path} {login_page_hint()}")
+    if path.suffix != ".gz":
+        return data
+    if data[:2] != b"\x1f\x8b":
+        raise ValueError(f"{path} is not a gzip file although its name says so; it {login_page_hint('may be')}")
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}): download it again.") from error
+
+
+def login_page_hint(verb: str = "is") -> str:
+    return (
+        f"{verb} a saved web page rather than data: access is not granted to this account, or the download was not "
+        "logged in. Ask for access on the page of the data set and download the file again."
+    )
+
+
+def read_table(path: Path, columns: Iterable[str], hint: str = "") -> list[dict[str, str]]:
+    """
+    Rows of a csv file (or .csv.gz) as dicts of strings; blanks around header names are removed.
+
+    Args:
+        columns: Names that must be there; others are kept.
+        hint: Added to the message if they are not.
+
+    Raises:
+        ValueError: Missing columns, a row of another length, or a file that is no csv; see also `read_bytes`.
+    """
+    try:
+        text = read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a csv file in UTF-8 ({error}): download it again.") from error
+    reader = csv.reader(io.StringIO(text, newline=""))
+    header = [name.strip() for name in next(reader, [])]
+    if missing := [name for name in columns if name not in header]:
+        raise ValueError(
+            f"{path} lacks the columns {', '.join(missing)}; found: {', '.join(header) or 'none'}. {hint}".strip()
+        )
+    rows = []
+    for values in reader:
+        if not values:
+            continue
+        if len(values) != len(header):
+            raise ValueError(
+                f"{path}, line {reader.line_num}: {len(values)} fields where the header has {len(header)}. The file "
+                "is truncated or damaged: download it again."
+            )
+        rows.append(dict(zip(header, values, strict=True)))
+    return rows
+
+
+def load_grey(path: str | Path) -> np.ndarray:
+    """
+    Decodes an 8-bit image file to uint8 (H, W).
+
+    Raises:
+        RejectedRecord: The file is missing, empty, truncated or no image.
+    """
+    try:
+        with PIL.Image.open(path) as image:
+            return np.asarray(image.convert("L"))
+    except FileNotFoundError as error:
+        raise RejectedRecord("the image file is missing") from error
+    except Exception as error:  # damaged files raise nearly anything
+        raise RejectedRecord(f"the image cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def builder_options(builder: type[RawBuilder]) -> dict[str, object]:
+    """Fields of the configuration that a user may set, with their defaults, without the folders."""
+    own = {item.name: item.default for item in fields(builder.BUILDER_CONFIG_CLASS)}
+    base = {item.name for item in fields(datasets.BuilderConfig)} | {"fingerprint"}
+    return {name: value for name, value in own.items() if name not in base and not name.endswith("_dir")}
+
+
+__all__ = [
+    "SPLITS",
+    "DroppedRecord",
+    "RawBuilder",
+    "RawConfig",
+    "RejectedRecord",
+    "Source",
+    "builder_options",
+    "check_images_exist",
+    "load_grey",
+    "login_page_hint",
+    "read_bytes",
+    "read_table",
+    "source_not_found",
+]

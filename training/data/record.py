@@ -1,0 +1,68 @@
+"""The common record: one row for one image, the same columns for every data set."""
+
+from collections.abc import Sequence
+
+import datasets
+
+from processing_chex.vocabulary import ANATOMY_NAMES
+
+
+VIEWS = ("PA", "AP")
+
+
+def record_features(classes: Sequence[str]) -> datasets.Features:
+    """
+    Features of the common record of a data set with the given finding classes.
+
+    A column that a data set does not annotate is None; an empty list says that it does and that nothing was found.
+
+    - `sample_id`, `subject_id`, `study_id`, `image_id`: strings, the first unique.
+    - `image`: the radiograph; `height`, `width`: size of the original in pixels. Prepared data hold a smaller image
+      of the same proportions, and boxes stay in pixels of the original.
+    - `view`: PA or AP, -1 if unknown.
+    - `sentences`: of the report.
+    - `anatomy_boxes` (29, 4), `anatomy_present` (29): pixels xyxy, zeros where absent; `anatomy_labels` (29, C): 1
+      present, 0 absent or not mentioned; `anatomy_sentences`: one list for each region.
+    - `objects`: boxes of findings in pixels xyxy, each with its class and what is written about it ("" for nothing).
+    - `class_labels` (C): of the whole image; 1 present, 0 absent or not mentioned.
+    """
+    string, regions = datasets.Value("string"), len(ANATOMY_NAMES)
+    box = datasets.List(datasets.Value("float32"), length=4)
+    labels = datasets.List(datasets.Value("int8"), length=len(classes))
+    return datasets.Features(
+        {
+            "sample_id": string,
+            "subject_id": string,
+            "study_id": string,
+            "image_id": string,
+            "image": datasets.Image(),
+            "height": datasets.Value("int32"),
+            "width": datasets.Value("int32"),
+            "view": datasets.ClassLabel(names=list(VIEWS)),
+            "sentences": datasets.List(string),
+            "anatomy_boxes": datasets.List(box, length=regions),
+            "anatomy_present": datasets.List(datasets.Value("bool"), length=regions),
+            "anatomy_labels": datasets.List(labels, length=regions),
+            "anatomy_sentences": datasets.List(datasets.List(string), length=regions),
+            "objects": datasets.List(
+                {"bbox": box, "category": datasets.ClassLabel(names=list(classes)), "phrase": string}
+            ),
+            "class_labels": labels,
+        }
+    )
+
+
+def empty_record(**known: object) -> dict:
+    """A record with the given columns, in which nothing else is annotated."""
+    record = dict.fromkeys(record_features(["none"])) | {"view": -1}
+    if unknown := set(known) - set(record):
+        raise ValueError(f"The common record has no columns {sorted(unknown)}.")
+    return record | known
+
+
+def record_classes(features: datasets.Features) -> list[str]:
+    """The finding classes of a data set in index order, from the features of its records."""
+    return list(features["objects"].feature["category"].names)
+
+
+__all__ = ["VIEWS", "empty_record", "record_classes", "record_features"]
