@@ -6,6 +6,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,8 +27,8 @@ logger = logging.getLogger(__name__)
 RECORD_VERSION = "1"
 SPLITS = ("train", "validation", "test")
 # Folders of images, or of one file for each image: nothing else is to be found in them.
-_IMAGE_FOLDERS = ("files", "images", "scene_graph", "train", "test")
-_SEARCH_DEPTH = 4
+_IMAGE_FOLDER = re.compile(r"files|images([_-].*)?|scene_graph|train|test|p\d{2}|p\d{8}|s\d{8}")
+_SEARCH_DEPTH = 5
 
 
 class DroppedRecord(Exception):
@@ -69,13 +70,19 @@ class Source:
             for candidate in level:
                 if self.matches(candidate):
                     return candidate
-            level = [
-                child
-                for parent in level
-                for child in sorted(parent.iterdir())
-                if child.is_dir() and not child.name.startswith(_IMAGE_FOLDERS)
-            ]
+            level = [child for parent in level for child in _subfolders(parent)]
         return None
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    """Folders to search below a folder, sorted; none if it may not be read."""
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir())
+    except PermissionError:
+        return []
+    # `wget -r` stores PhysioNet's data sets in physionet.org/files.
+    return [folder / name for name in names if folder.name == "physionet.org" or not _IMAGE_FOLDER.fullmatch(name)]
 
 
 @dataclass
@@ -128,6 +135,7 @@ class RawBuilder(datasets.GeneratorBasedBuilder):
         # `datasets` sets the fields of a copied configuration one by one, past its own check.
         self.config.__post_init__()
         self.counts: dict[str, Counter[str]] = {}
+        self.notes: Counter[str] = Counter()
 
     def _find_sources(self, kwargs: Mapping[str, object]) -> dict[str, Path]:
         folders = {}
@@ -178,7 +186,8 @@ class RawBuilder(datasets.GeneratorBasedBuilder):
     @abstractmethod
     def record(self, item: dict) -> dict:
         """
-        The common record of one item, with the path of its image; may read the files of this one image.
+        The common record of one item, with the path of its image; may read the files of this one image. Counts in
+        `self.notes` what was left out of records (boxes, labels) and why.
 
         Raises:
             DroppedRecord: By a rule of the paper.
@@ -251,6 +260,14 @@ class RawBuilder(datasets.GeneratorBasedBuilder):
         if left_out:
             reasons = "; ".join(f"{count:,}: {reason}" for reason, count in left_out.most_common(10))
             logger.warning("%s: %d images were left out (%s).", self.TITLE, left_out.total(), reasons)
+        if self.notes:
+            logger.warning("%s: left out of records: %s.", self.TITLE, notes_text(self.notes))
+            self.notes.clear()
+
+
+def notes_text(notes: Counter[str]) -> str:
+    """What was left out of records, the most frequent first."""
+    return "; ".join(f"{count:,} {what}" for what, count in notes.most_common(20))
 
 
 def check_images_exist(title: str, splits: Mapping[str, Sequence[dict]]) -> None:
@@ -377,6 +394,7 @@ __all__ = [
     "check_images_exist",
     "load_grey",
     "login_page_hint",
+    "notes_text",
     "read_bytes",
     "read_table",
     "source_not_found",
