@@ -16,7 +16,9 @@ from typing import ClassVar
 
 import datasets
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
+import pydicom
 
 from training.data.record import record_features
 
@@ -202,6 +204,22 @@ class RawBuilder(datasets.GeneratorBasedBuilder):
         """An image file that `datasets` can decode, for a raw image."""
         return str(path)
 
+    def png_file(self, path: str | Path) -> str:
+        """
+        An 8-bit PNG file of a raw image that `datasets` cannot decode: made once, and kept in the folder `png` of this
+        builder in the cache (never beside the raw files).
+        """
+        status = Path(path).stat()
+        key = hashlib.sha256(f"{path}:{status.st_size}:{status.st_mtime_ns}".encode()).hexdigest()[:16]
+        target = Path(self.cache_dir).parents[1] / "png" / f"{Path(path).stem}-{key}.png"
+        if not target.exists():
+            image = PIL.Image.fromarray(self.load_image(path))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_suffix(f".{os.getpid()}.part")
+            image.save(partial, format="PNG")
+            partial.replace(target)
+        return str(target)
+
     def items(self) -> dict[str, list[dict]]:
         """`split_items`, without empty splits and checked for duplicated ids.
 
@@ -328,7 +346,8 @@ def login_page_hint(verb: str = "is") -> str:
 
 def read_table(path: Path, columns: Iterable[str], hint: str = "") -> list[dict[str, str]]:
     """
-    Rows of a csv file (or .csv.gz) as dicts of strings; blanks around header names are removed.
+    Rows of a csv file (or .csv.gz) as dicts of strings; blanks around header names are removed. Columns without a name
+    at the end of the header are left out.
 
     Args:
         columns: Names that must be there; others are kept.
@@ -343,6 +362,8 @@ def read_table(path: Path, columns: Iterable[str], hint: str = "") -> list[dict[
         raise ValueError(f"{path} is not a csv file in UTF-8 ({error}): download it again.") from error
     reader = csv.reader(io.StringIO(text, newline=""))
     header = [name.strip() for name in next(reader, [])]
+    while header and not header[-1]:
+        header.pop()
     if missing := [name for name in columns if name not in header]:
         raise ValueError(
             f"{path} lacks the columns {', '.join(missing)}; found: {', '.join(header) or 'none'}. {hint}".strip()
@@ -351,6 +372,8 @@ def read_table(path: Path, columns: Iterable[str], hint: str = "") -> list[dict[
     for values in reader:
         if not values:
             continue
+        while len(values) > len(header) and not values[-1]:
+            values.pop()
         if len(values) != len(header):
             raise ValueError(
                 f"{path}, line {reader.line_num}: {len(values)} fields where the header has {len(header)}. The file "
@@ -376,6 +399,47 @@ def load_grey(path: str | Path) -> np.ndarray:
         raise RejectedRecord(f"the image cannot be decoded ({type(error).__name__}: {error})") from error
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """
+    Height and width of an image file from its header, as it is shown: its orientation tag is applied.
+
+    Raises:
+        RejectedRecord: The file is missing, empty or no image.
+    """
+    try:
+        with PIL.Image.open(path) as image:
+            turned = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except FileNotFoundError as error:
+        raise RejectedRecord("the image file is missing") from error
+    except Exception as error:  # damaged files raise nearly anything
+        raise RejectedRecord(f"the image cannot be opened ({type(error).__name__}: {error})") from error
+
+
+def dicom_size(path: str | Path) -> tuple[int, int]:
+    """
+    Height and width of a DICOM image from its header.
+
+    Raises:
+        RejectedRecord: The file is missing, damaged or has no image size.
+    """
+    try:
+        header = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
+        return int(header.Rows), int(header.Columns)
+    except FileNotFoundError as error:
+        raise RejectedRecord("the image file is missing") from error
+    except Exception as error:  # damaged files raise nearly anything
+        raise RejectedRecord(f"the DICOM header cannot be read ({type(error).__name__}: {error})") from error
+
+
+def clipped_box(box_xyxy: Sequence[float], height: int, width: int) -> list[float] | None:
+    """The part of a box (pixels) inside an image; None if it is outside, empty, inverted or not a number."""
+    x0, y0, x1, y1 = box_xyxy
+    x0, x1 = (min(max(x, 0.0), float(width)) for x in (x0, x1))
+    y0, y1 = (min(max(y, 0.0), float(height)) for y in (y0, y1))
+    return [x0, y0, x1, y1] if x0 < x1 and y0 < y1 else None
+
+
 def builder_options(builder: type[RawBuilder]) -> dict[str, object]:
     """Fields of the configuration that a user may set, with their defaults, without the folders."""
     own = {item.name: item.default for item in fields(builder.BUILDER_CONFIG_CLASS)}
@@ -392,6 +456,9 @@ __all__ = [
     "Source",
     "builder_options",
     "check_images_exist",
+    "clipped_box",
+    "dicom_size",
+    "image_size",
     "load_grey",
     "login_page_hint",
     "notes_text",
