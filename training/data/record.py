@@ -28,7 +28,8 @@ def record_features(classes: Sequence[str]) -> datasets.Features:
     """
     string, regions = datasets.Value("string"), len(ANATOMY_NAMES)
     box = datasets.List(datasets.Value("float32"), length=4)
-    labels = datasets.List(datasets.Value("int8"), length=len(classes))
+    # Arrow has no lists of fixed length 0; without classes the columns of labels are None.
+    labels = datasets.List(datasets.Value("int8"), length=max(len(classes), 1))
     return datasets.Features(
         {
             "sample_id": string,
