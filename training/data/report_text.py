@@ -5,18 +5,17 @@ Follows the preparation of MIMIC-CXR reports of the ChEX paper, but needs no mod
 """
 
 import re
-from collections.abc import Callable
 
+from .sentence_splitting import SentenceSplitter, split_sentences
 
-# Splits one text into its sentences. Any callable will do, for example with a stanza pipeline `nlp`:
-# `lambda text: [sentence.text for sentence in nlp(text).sentences]`.
-SentenceSplitter = Callable[[str], list[str]]
 
 _HEADER = re.compile(r"\n ([A-Z ()/,-]+):\s")
-_IMPRESSION_NAMES = "conclusion impresson imprression imoression impressoin imprssion impresion imperssion mpression impession ndication"
-_FINDINGS_NAMES = "finding findins findindgs findgings findngs findnnings finidngs"
-_EXACT_NAMES = {name: "impression" for name in _IMPRESSION_NAMES.split()}
-_EXACT_NAMES |= {name: "findings" for name in _FINDINGS_NAMES.split()}
+_MISSPELLED = {
+    "impression": "conclusion impresson imprression imoression impressoin imprssion impresion imperssion mpression "
+    "impession ndication",
+    "findings": "finding findins findindgs findgings findngs findnnings finidngs",
+}
+_EXACT_NAMES = {word: name for name, words in _MISSPELLED.items() for word in words.split()}
 _NAME_PARTS = ("impression", "findings", "history", "comparison", "addendum")
 _FINDINGS_PARTS = (
     "chest",
@@ -119,12 +118,6 @@ def _tidy_sentence(sentence: str) -> str:
 def clean_phrase(text: str) -> str:
     """A phrase of a region without boilerplate, on one line, beginning with a capital; "" if nothing is left."""
     return _tidy_sentence(_delete_boilerplate(text))
-
-
-def split_sentences(text: str) -> list[str]:
-    """Sentences of a text, by rules."""
-    pieces = re.split(r"(?<=[.?!])\s+|\n\s*\n", text)
-    return [piece.strip() for piece in pieces if piece.strip()]
 
 
 def report_sentences(text: str, splitter: SentenceSplitter | None = None) -> list[str]:
