@@ -28,8 +28,8 @@ class ChexImageProcessorKwargs(TypedDict, total=False):
     do_rescale (`bool`), rescale_factor (`float`):
         Factor for grey values on the scale of 8 bits, 0 to 255, to which images of every bit depth are mapped first.
         Without it they stay in [0, 1], as with the usual factor of 1/255.
-    do_normalize (`bool`), image_mean (`float`), image_std (`float`):
-        Normalisation of the grey values.
+    do_normalize (`bool`), image_mean, image_std (`float` or a list of one or three):
+        Normalisation of the grey values, in every channel or in each.
     do_convert_rgb (`bool`):
         Only true: any image, in grey or colour, becomes three equal channels.
     return_tensors (`str`):
@@ -42,8 +42,8 @@ class ChexImageProcessorKwargs(TypedDict, total=False):
     do_rescale: bool | None
     rescale_factor: float | int | None
     do_normalize: bool | None
-    image_mean: float | None
-    image_std: float | None
+    image_mean: float | list[float] | tuple[float, ...] | None
+    image_std: float | list[float] | tuple[float, ...] | None
     do_convert_rgb: bool | None
     return_tensors: str | TensorType | None
 
@@ -104,8 +104,8 @@ class ChexImageProcessor(PilBackend):
         do_rescale: bool,
         rescale_factor: float | None,
         do_normalize: bool,
-        image_mean: float,
-        image_std: float,
+        image_mean: float | list[float] | tuple[float, ...],
+        image_std: float | list[float] | tuple[float, ...],
         do_convert_rgb: bool | None = None,
         return_tensors: str | TensorType | None = None,
         **kwargs: Any,
@@ -122,13 +122,21 @@ class ChexImageProcessor(PilBackend):
         if do_rescale and rescale_factor is not None and rescale_factor != 1 / 255:
             pixel_values *= np.float32(255 * rescale_factor)
         if do_normalize:
-            pixel_values = (pixel_values - np.float32(image_mean)) / np.float32(image_std)
+            pixel_values = (pixel_values - per_channel("image_mean", image_mean)) / per_channel("image_std", image_std)
         data = {
             "pixel_values": pixel_values,
             "image_frames": np.array(frames, dtype=np.float32).reshape(-1, 4),
             "original_sizes": np.array([image.shape for image in images], dtype=np.int64).reshape(-1, 2),
         }
         return BatchFeature(data, tensor_type=return_tensors)
+
+
+def per_channel(name: str, value: float | list[float] | tuple[float, ...]) -> np.ndarray:
+    """One number, or one for each of the three channels -> float32 (1 or 3, 1, 1)."""
+    values = np.array(value, dtype=np.float32).reshape(-1, 1, 1)
+    if len(values) not in (1, 3):
+        raise ChexInputError(f"{name} has {len(values)} values: give one number, or one for each of three channels.")
+    return values
 
 
 def resize_frame(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 
@@ -68,9 +68,11 @@ class ChexProcessor(ProcessorMixin):
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         # The image processor class is known, so nothing needs to be registered; and ProcessorMixin would fall back
-        # to the prompt tokenizer when the folder has no tokenizer for the generator.
+        # to the prompt tokenizer when the folder has no tokenizer for the generator. The classes of the tokenizers
+        # are saved with them: with a configuration of no model, AutoTokenizer does not look at that of ChEX, which
+        # it knows, or would have to run the code of, only where `modeling_chex` is imported.
         subfolder = kwargs.pop("subfolder", "")
-        load = partial(AutoTokenizer.from_pretrained, pretrained_model_name_or_path)
+        load = partial(AutoTokenizer.from_pretrained, pretrained_model_name_or_path, config=PreTrainedConfig())
         generator_folder = os.path.join(subfolder, "generator_tokenizer")
         image_processor = ChexImageProcessor.from_pretrained(
             pretrained_model_name_or_path, subfolder=subfolder, **kwargs
@@ -86,10 +88,8 @@ class ChexProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return [
-            *self.image_processor.model_input_names,
-            *("input_ids", "attention_mask", "query_mask", "query_boxes", "box_mask"),
-        ]
+        """What comes of images and text; boxes add `query_boxes` and `box_mask`."""
+        return [*self.image_processor.model_input_names, "input_ids", "attention_mask", "query_mask"]
 
     def __call__(
         self,

@@ -1,16 +1,20 @@
 """`ChexProcessor` and `ChexImageProcessor` as processors of Transformers: arguments, saving, auto classes."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
+from modeling_chex import save_with_code
 from processing_chex import ChexImageProcessor, ChexInputError, ChexProcessor
 from training.build_tokenizers import build_tokenizers
 
 from .image_factory import gradient
+from .test_modeling import lively_model, tiny_config
 
 
 SENTENCES = ["No pleural effusion.", "The heart is enlarged.", "A nodule in the right upper lung zone."] * 3
@@ -47,6 +51,21 @@ def test_arguments_that_cannot_act_are_refused():
     for name in ("do_resize", "do_center_crop", "do_pad"):
         with pytest.raises(TypeError, match=name):
             pixels(processor, gradient(20, 20), **{name: True})
+
+
+def test_normalisation_of_each_channel(tmp_path):
+    """As lists, the way other models hold them, also in a saved folder."""
+    image = gradient(20, 20)
+    expected = pixels(ChexImageProcessor(size=16), image)
+    listed = ChexImageProcessor(size=16, image_mean=[0.505] * 3, image_std=[0.248] * 3)
+    assert torch.equal(pixels(listed, image), expected)
+    listed.save_pretrained(tmp_path)
+    assert torch.equal(pixels(ChexImageProcessor.from_pretrained(tmp_path), image), expected)
+    shifted = pixels(listed, image, image_mean=(0.505, 0.505, 0.753))
+    assert torch.equal(shifted[:, :2], expected[:, :2])
+    torch.testing.assert_close(shifted[:, 2], expected[:, 2] - 1)
+    with pytest.raises(ChexInputError, match="image_std has 2 values"):
+        pixels(listed, image, image_std=[0.2, 0.3])
 
 
 def test_constructor_arguments_are_kept(tmp_path):
@@ -103,6 +122,16 @@ def test_the_auto_class_finds_everything(processor, tmp_path):
     again = tmp_path / "again"
     loaded.save_pretrained(again)
     assert ChexProcessor.from_pretrained(again).to_dict() == loaded.to_dict()
+
+
+def test_the_processor_needs_nothing_of_the_model(processor, tmp_path):
+    """In a process that knows no model of ChEX it loads without asking to run code from the folder, or warning."""
+    save_with_code(lively_model(tiny_config()), processor, tmp_path)
+    code = "import sys; from processing_chex import ChexProcessor; ChexProcessor.from_pretrained(sys.argv[1])"
+    process = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
 
 
 def test_outputs_move_between_types_and_devices(processor):

@@ -154,7 +154,7 @@ def test_shared_prompts_and_boxes(processor):
     assert inputs["query_boxes"].dtype == torch.float32
     pixels = normalized_to_pixels(inputs["query_boxes"], inputs["image_frames"][:, None])
     assert torch.allclose(pixels, torch.tensor([6.0, 6, 20, 30]), atol=1e-3)
-    assert set(inputs) == set(processor.model_input_names)
+    assert set(inputs) == {*processor.model_input_names, "query_boxes", "box_mask"}
     one = processor(images=images[0], boxes=[6, 6, 20, 30])
     assert torch.equal(one["query_boxes"], inputs["query_boxes"][:1])
 

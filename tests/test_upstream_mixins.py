@@ -194,12 +194,6 @@ class ChexSentenceGeneratorTest(ModelTesterMixin, GenerationTesterMixin, unittes
 class ChexProcessorTest(ProcessorTesterMixin, unittest.TestCase):
     processor_class = ChexProcessor
 
-    def test_model_input_names(self):
-        inputs = self.get_processor()(
-            images=self.prepare_images_inputs(), text=self.prepare_text_inputs(), boxes=[190, 1, 210, 20]
-        )
-        self.assertSetEqual(set(inputs), set(self.get_processor().model_input_names))
-
     @unittest.skip("Takes `input_ids[0]` for one sequence, but ChEX has a query axis: (images, queries, tokens).")
     def test_kwargs_overrides_default_subprocessor_kwargs_0_images(self):
         pass
