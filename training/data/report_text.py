@@ -49,7 +49,7 @@ _WORD = rf"(?:{_TITLE_WORDS.replace(' ', '|')})(?![\w-])"
 _TITLE = re.compile(rf"(?<![\w-])(?>{_WORD}(?:[ ,/]+{_WORD})*)(:?)")
 _BARE_TITLE = re.compile(
     r"\b(?:WET READ VERSION|WET READ|IMPRESSION AP|IMPRESSION|FRONTAL|FINDINGS|FINAL REPORT"
-    r"|FINAL ADDENDUM ADDENDUM|FINAL ADDENDUM)\b|\bAP,|\bCOMPARISON\."
+    r"|FINAL ADDENDUM ADDENDUM|FINAL ADDENDUM)\b:?|\bAP,|\bCOMPARISON\."
 )
 _ENUMERATOR = re.compile(r"(?<!\S)[1-5]\. |#[1-5] ")
 _END_OF_WET_READ = re.compile(r"(?<![A-Za-z])[AP]M\b")

@@ -55,10 +55,10 @@ _OPEN_WORDS = (
 _WRAPPED_LINE = 60  # characters: a line this long without a full stop goes on in the next one
 
 # Words that a number belongs to: "rib 2." does not begin the second item of a list.
-_NUMBERED = _words("rib ribs grade stage type image segment series no")
+_NUMBERED = _words("rib ribs grade stage type image segment series day days no")
 
 _CANDIDATE = re.compile(
-    r"""(?P<stop>[.?!…](?:[ \t]*[.?!…](?!\d))*)(?P<closing>["'”’)\]]*)"""
+    r"""(?P<stop>[.?!…](?:\s*[.?!…](?!\d))*)(?P<closing>["'”’)\]]*)"""
     r"|(?P<newline>\n)"
     r"|(?<=\s)(?:\(?(?P<item>\d{1,2})\)|\#(?P<hash>\d{1,2})\.?)(?=\s)"
 )
@@ -92,7 +92,8 @@ def _is_line_end(text: str, line_start: int, newline: int) -> bool:
         return True
     if following[:1].islower() or not (following[:1].isalnum() or following[:1] == "_"):
         return False
-    return len(before) < _WRAPPED_LINE or following.lower() in _STARTERS
+    # Lines were wrapped before names and dates became "___".
+    return len(before) + 8 * before.count("___") < _WRAPPED_LINE or following.lower() in _STARTERS
 
 
 def _is_stop(text: str, sentence_start: int, match: re.Match) -> bool:
@@ -141,16 +142,13 @@ def _is_stop(text: str, sentence_start: int, match: re.Match) -> bool:
 
 
 def _is_item(text: str, sentence_start: int, position: int, number: str, item: int) -> bool:
-    """Whether the number at `position` begins the next item of a list whose last item had the number `item`."""
+    """Whether the number at `position` begins the next item of a list; `item`: number of its last item, 0 for none."""
     before = text[max(sentence_start, position - 26) : position].rstrip()
     word = _word_before(before, len(before)).lower()
-    return (
-        int(number) == item + 1
-        and bool(before)
-        and before[-1] not in ",;:-–/("
-        and word not in _OPEN_WORDS
-        and word not in _NUMBERED
-    )
+    if not before or before[-1] in ",;:-–/(" or word in _OPEN_WORDS or word in _NUMBERED:
+        return False
+    # A first item in the middle, only after a full stop: "at 3 p.m. 1. No change."
+    return int(number) == item + 1 if item else number == "1" and before[-1] in ".?!"
 
 
 def _split_paragraph(text: str) -> list[str]:
