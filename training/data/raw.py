@@ -256,6 +256,18 @@ class RawBuilder(datasets.GeneratorBasedBuilder):
             check_images_exist(self.TITLE, splits)
         return [datasets.SplitGenerator(name=name, gen_kwargs={"items": items}) for name, items in splits.items()]
 
+    def _download_and_prepare(self, dl_manager: datasets.DownloadManager, *args: object, **kwargs: object) -> None:
+        super()._download_and_prepare(dl_manager, *args, **kwargs)
+        # `datasets` cannot open a split without records.
+        empty = [name for name, split in self.info.splits.items() if not split.num_examples]
+        if len(empty) == len(self.info.splits):
+            raise ValueError(
+                f"{self.TITLE}: no images are left after their files were read; warnings say why.\n{self.funnel()}"
+            )
+        for name in empty:
+            logger.warning("%s: no images are left in the %s split.\n%s", self.TITLE, name, self.funnel())
+            del self.info.splits[name]
+
     def _generate_examples(self, items: list[dict]) -> Iterator[tuple[str, dict]]:
         left_out: Counter[str] = Counter()
         for item in items:
