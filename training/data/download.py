@@ -658,41 +658,39 @@ def _netrc_login(base_url: str) -> _BasicLogin | None:
 # The data sets. What reads tables is imported when it is needed: that takes seconds, and the first file need not wait.
 
 
-def _mimic_tables() -> list[str]:
-    return [f"mimic-cxr-2.0.0-{table}.csv.gz" for table in ("metadata", "split", "chexpert")]
+def _mimic_table(name: str) -> str:
+    return f"mimic-cxr-2.0.0-{name}.csv.gz"  # in later releases too
 
 
-def _mimic_image(row: Mapping[str, str]) -> str:
-    subject, study = row["subject_id"], row["study_id"]
-    return f"files/p{subject[:2]}/p{subject}/s{study}/{row['dicom_id']}.jpg"
+_MIMIC_TABLES = tuple(map(_mimic_table, ("metadata", "split", "chexpert")))
+
+
+def _mimic_image(image: str, subject: str, study: str) -> str:
+    return f"files/p{subject[:2]}/p{subject}/s{study}/{image}.jpg"
 
 
 def _fetch_mimic_cxr(job: _Downloader, subset: Sequence[str] | None, limit: int | None, images: bool) -> None:
-    job.fetch("mimic-cxr-jpg", _mimic_tables())
+    job.fetch("mimic-cxr-jpg", _MIMIC_TABLES)
     job.fetch("mimic-cxr", ["mimic-cxr-reports.zip"])
     if not images:
         return
-    from training.data.raw import read_table
+    from training.data.mimic_cxr import read_columns
     from training.data.record import VIEWS
 
     root = job.root("mimic-cxr-jpg")
-    splits = {
-        row["dicom_id"]: row["split"]
-        for row in read_table(root / "mimic-cxr-2.0.0-split.csv.gz", ("dicom_id", "split"))
-        if subset is None or row["split"] in subset
-    }
-    columns = ("dicom_id", "subject_id", "study_id", "ViewPosition")
+    split_of = dict(zip(*read_columns(root / _mimic_table("split"), ("dicom_id", "split")).values(), strict=True))
     taken: dict[str, list[str]] = {}
-    for row in read_table(root / "mimic-cxr-2.0.0-metadata.csv.gz", columns):
-        split = splits.get(row["dicom_id"])
-        if split is not None and row["ViewPosition"] in VIEWS:
-            taken.setdefault(split, []).append(_mimic_image(row))
+    rows = read_columns(root / _mimic_table("metadata"), ("dicom_id", "subject_id", "study_id", "ViewPosition"))
+    for image, subject, study, view in zip(*rows.values(), strict=True):
+        split = split_of.get(image)
+        if view in VIEWS and split is not None and (subset is None or split in subset):
+            taken.setdefault(split, []).append(_mimic_image(image, subject, study))
     job.fetch("mimic-cxr-jpg", [path for paths in taken.values() for path in paths[:limit]], images=True)
 
 
 def _fetch_chest_imagenome(job: _Downloader, subset: Sequence[str] | None, limit: int | None, images: bool) -> None:
     tables = [f"silver_dataset/splits/{name}.csv" for name in ("train", "valid", "test", "images_to_avoid")]
-    job.fetch("chest-imagenome", ["silver_dataset/scene_graph.zip", *tables])
+    job.fetch("chest-imagenome", [*tables, "silver_dataset/scene_graph.zip"])
 
 
 def _fetch_ms_cxr(job: _Downloader, subset: Sequence[str] | None, limit: int | None, images: bool) -> None:
@@ -701,13 +699,16 @@ def _fetch_ms_cxr(job: _Downloader, subset: Sequence[str] | None, limit: int | N
     job.fetch("ms-cxr", [name])
     if not images:
         return
-    job.fetch("mimic-cxr-jpg", _mimic_tables())
+    job.fetch("mimic-cxr-jpg", _MIMIC_TABLES)
+    from training.data.mimic_cxr import read_columns
     from training.data.raw import read_table
+    from training.data.record import VIEWS
 
     boxed = {row["dicom_id"] for row in read_table(job.root("ms-cxr") / name, ("dicom_id",))}
-    table = job.root("mimic-cxr-jpg") / "mimic-cxr-2.0.0-metadata.csv.gz"
-    rows = read_table(table, ("dicom_id", "subject_id", "study_id"))
-    job.fetch("mimic-cxr-jpg", [_mimic_image(row) for row in rows if row["dicom_id"] in boxed][:limit], images=True)
+    table = job.root("mimic-cxr-jpg") / _mimic_table("metadata")
+    rows = zip(*read_columns(table, ("dicom_id", "subject_id", "study_id", "ViewPosition")).values(), strict=True)
+    paths = [_mimic_image(*ids) for *ids, view in rows if ids[0] in boxed and view in VIEWS]
+    job.fetch("mimic-cxr-jpg", paths[:limit], images=True)
 
 
 def _fetch_vindr_cxr(job: _Downloader, subset: Sequence[str] | None, limit: int | None, images: bool) -> None:
