@@ -209,7 +209,9 @@ def test_nothing_is_written_to_the_data(mimic):
 def test_lines_for_a_terminal(tmp_path):
     root = write_vindr(tmp_path / "vindr")
     (root / "train" / f"{BOXED}.dicom").unlink()
-    lines = check_lines(check("vindr-cxr", tmp_path))
+    result = check("vindr-cxr", tmp_path)
+    lines = check_lines(result)
+    assert str(result).splitlines() == lines
     assert lines[0] == "vindr-cxr: not usable as it is"
     assert f"  found vindr: {root}" in lines
     assert "  train: 4 images -> 3 with annotation rows" in lines

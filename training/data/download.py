@@ -264,8 +264,7 @@ class _Downloader:
             deadline = time.monotonic() + 5
             for thread in threads:
                 thread.join(max(deadline - time.monotonic(), 0))
-            logger.warning("Interrupted. The same command goes on where this one stopped.")
-            raise
+            raise KeyboardInterrupt("Interrupted. The same command goes on where this one stopped.") from None
         finally:
             self.bar.close()
         if self.fatal is not None:
@@ -321,7 +320,9 @@ class _Downloader:
 
             try:
                 self._transfer(session, file, advance)
-                if file.digest is not None and _sha256(_partial(file.target)) != file.digest:
+                with _storage(file.target):
+                    matches = file.digest is None or _sha256(_partial(file.target)) == file.digest
+                if not matches:
                     _discard_partial(file.target)
                     mismatches += 1
                     reason = f"its content does not match the checksum in {CHECKSUMS}"
@@ -393,30 +394,30 @@ class _Downloader:
     ) -> None:
         partial, total = _partial(file.target), version["size"]
         chunks = response.raw.stream(_CHUNK, decode_content=False)
-        with _storage(file.target):
+        with _storage(file.target), open(partial, "ab" if start else "wb") as stream:
+            # Only now that the partial file is empty: a kill must not leave old bytes beside a new note.
             if not start:
                 _note(file.target).write_text(json.dumps(version), encoding="utf-8")
-            with open(partial, "ab" if start else "wb") as stream:
-                position = start
-                advance(position, total, 0)
-                while True:
-                    if self.stop.is_set():
-                        raise _Stopped
-                    try:
-                        chunk = next(chunks, None)
-                    except urllib3.exceptions.HTTPError as error:
-                        raise _Transient(
-                            f"the connection was lost after {position:,} bytes ({_describe(error)})"
-                        ) from None
-                    if chunk is None:
-                        break
-                    if position == 0 and _is_web_page(chunk):
-                        raise self._login_page(file)
-                    stream.write(chunk)
-                    position += len(chunk)
-                    advance(position, total, len(chunk))
-                stream.flush()
-                os.fsync(stream.fileno())
+            position = start
+            advance(position, total, 0)
+            while True:
+                if self.stop.is_set():
+                    raise _Stopped
+                try:
+                    chunk = next(chunks, None)
+                except urllib3.exceptions.HTTPError as error:
+                    raise _Transient(
+                        f"the connection was lost after {position:,} bytes ({_describe(error)})"
+                    ) from None
+                if chunk is None:
+                    break
+                if position == 0 and _is_web_page(chunk):
+                    raise self._login_page(file)
+                stream.write(chunk)
+                position += len(chunk)
+                advance(position, total, len(chunk))
+            stream.flush()
+            os.fsync(stream.fileno())
         if total is not None and position != total:
             if position > total:
                 _discard_partial(file.target)
@@ -808,6 +809,7 @@ def download(
         AccessError: Login or data use agreement.
         StorageError: Disk full or folder not writable.
         DownloadError: Some files could not be fetched (`failures` lists them), or another download is at work here.
+        KeyboardInterrupt: After Ctrl-C, with a message; partial files stay and are resumed.
         ValueError: For wrong arguments.
     """
     key = name.lower().replace("_", "-")

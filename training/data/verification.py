@@ -88,6 +88,9 @@ class RawCheck:
         """No errors."""
         return not any(problem.severity == "error" for problem in self.problems)
 
+    def __str__(self) -> str:
+        return "\n".join(check_lines(self))
+
     def add(self, severity: str, path: object, message: str) -> None:
         self.problems.append(Problem(severity, str(path), " ".join(message.split())))
 
