@@ -22,6 +22,7 @@ from .phantom_anatomy import SIDE_NAMES, Dice, Pose, clip_boxes_to_frame, hull_b
 from .phantom_drawing import draw_film
 from .phantom_findings import sample_findings
 from .phantom_text import SEVERITY_WORDS, Facts, finding_phrase, region_sentences, report_sentences
+from .record import record_features
 
 
 logger = logging.getLogger(__name__)
@@ -261,34 +262,7 @@ def sample_to_record(sample: PhantomSample) -> dict:
 
 def phantom_features() -> datasets.Features:
     """Features of the common record with the phantom's eight classes."""
-    string = datasets.Value("string")
-    regions = len(ANATOMY_NAMES)
-    classes = len(PHANTOM_CLASSES)
-    return datasets.Features(
-        {
-            "sample_id": string,
-            "subject_id": string,
-            "study_id": string,
-            "image_id": string,
-            "image": datasets.Image(),
-            "height": datasets.Value("int32"),
-            "width": datasets.Value("int32"),
-            "view": datasets.ClassLabel(names=["PA", "AP"]),
-            "sentences": datasets.List(string),
-            "anatomy_boxes": datasets.List(datasets.List(datasets.Value("float32"), length=4), length=regions),
-            "anatomy_present": datasets.List(datasets.Value("bool"), length=regions),
-            "anatomy_labels": datasets.List(datasets.List(datasets.Value("int8"), length=classes), length=regions),
-            "anatomy_sentences": datasets.List(datasets.List(string), length=regions),
-            "objects": datasets.List(
-                {
-                    "bbox": datasets.List(datasets.Value("float32"), length=4),
-                    "category": datasets.ClassLabel(names=list(PHANTOM_CLASSES)),
-                    "phrase": string,
-                }
-            ),
-            "class_labels": datasets.List(datasets.Value("int8"), length=classes),
-        }
-    )
+    return record_features(PHANTOM_CLASSES)
 
 
 @lru_cache(maxsize=1)

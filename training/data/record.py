@@ -4,8 +4,6 @@ from collections.abc import Sequence
 
 import datasets
 
-from processing_chex.vocabulary import ANATOMY_NAMES
-
 
 VIEWS = ("PA", "AP")
 
@@ -26,7 +24,9 @@ def record_features(classes: Sequence[str]) -> datasets.Features:
     - `objects`: boxes of findings in pixels xyxy, each with its class and what is written about it ("" for nothing).
     - `class_labels` (C): of the whole image; 1 present, 0 absent or not mentioned.
     """
-    string, regions = datasets.Value("string"), len(ANATOMY_NAMES)
+    # Lists of regions have no fixed length in the schema: of fixed lists within fixed lists, pyarrow 26 mixes up the
+    # values when a shuffled stream takes rows from several tables.
+    string = datasets.Value("string")
     box = datasets.List(datasets.Value("float32"), length=4)
     # Arrow has no lists of fixed length 0; without classes the columns of labels are None.
     labels = datasets.List(datasets.Value("int8"), length=max(len(classes), 1))
@@ -41,10 +41,10 @@ def record_features(classes: Sequence[str]) -> datasets.Features:
             "width": datasets.Value("int32"),
             "view": datasets.ClassLabel(names=list(VIEWS)),
             "sentences": datasets.List(string),
-            "anatomy_boxes": datasets.List(box, length=regions),
-            "anatomy_present": datasets.List(datasets.Value("bool"), length=regions),
-            "anatomy_labels": datasets.List(labels, length=regions),
-            "anatomy_sentences": datasets.List(datasets.List(string), length=regions),
+            "anatomy_boxes": datasets.List(box),
+            "anatomy_present": datasets.List(datasets.Value("bool")),
+            "anatomy_labels": datasets.List(labels),
+            "anatomy_sentences": datasets.List(datasets.List(string)),
             "objects": datasets.List(
                 {"bbox": box, "category": datasets.ClassLabel(names=list(classes)), "phrase": string}
             ),
