@@ -66,7 +66,7 @@ def run_demo(output_dir: str | Path = "runs/demo", fast: bool = False) -> Path:
     for stage in STAGES:
         importlib.import_module(f"training.{stage}").main(_arguments(stage, work_dir, fast))
 
-    data = load_data(load_config(CONFIG_DIR / "phantom" / "stage3.yaml", _overrides(work_dir, fast)).data)
+    data = load_data(load_config(CONFIG_DIR / "phantom" / "stage3.yaml", _overrides(work_dir, fast)).data)[0]
     trained, model_dir = work_dir / "stage3" / "model", output_dir / "model"
     if not _same_file(trained / "model.safetensors", model_dir / "model.safetensors"):
         partial = model_dir.with_suffix(".partial")

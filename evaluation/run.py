@@ -33,8 +33,10 @@ from evaluation.tasks.base import Labeler
 from evaluation.tasks.description import RegionDescription
 from evaluation.tasks.detection import FindingDetection
 from evaluation.tasks.grounding import SentenceGrounding
-from evaluation.tasks.records import category_names, find_class_set, iterate_targets
-from processing_chex.prompt_sets import class_prompts
+from evaluation.tasks.records import iterate_targets
+from processing_chex.prompt_sets import class_prompts, find_class_set
+from training.data.prepared import is_prepared, open_prepared
+from training.data.record import record_classes
 
 
 HEADLINES = tuple(task.headline for task in TASKS.values())
@@ -100,7 +102,7 @@ def evaluate_model(
         raise ValueError(f"There is no split {split!r} with images in this data set; choose from: {', '.join(data)}.")
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` is {limit}, but at least one image is needed; leave it out to use all.")
-    names = category_names(data[split])
+    names = record_classes(data[split].features)
     class_set = class_set or find_class_set(names)
     context = EvaluationContext(
         model, processor, class_prompts(class_set), labeler or _default_labeler(class_set), progress=progress
@@ -223,12 +225,15 @@ def write_json(path: str | Path, content: Mapping) -> None:
 
 
 def load_data(data_dir: str | Path) -> datasets.DatasetDict:
-    """Open the splits in a folder: one saved with `DatasetDict.save_to_disk`, or a cache of the phantom builder.
+    """Open the splits in a folder that `chex data prepare` or `DatasetDict.save_to_disk` has written, or in the cache
+    of one builder.
 
     Raises:
-        ValueError: if the folder holds neither.
+        ValueError: if the folder is none of these.
     """
     folder = Path(data_dir)
+    if is_prepared(folder):
+        return open_prepared(folder)
     if (folder / "dataset_dict.json").is_file():
         return datasets.load_from_disk(str(folder))
     # A builder's cache: <folder>/<builder>/<configuration>/<version>/<builder>-<split>.arrow
@@ -237,7 +242,7 @@ def load_data(data_dir: str | Path) -> datasets.DatasetDict:
         found = "no data set" if not builds else f"{len(builds)} data sets ({', '.join(map(str, builds[:3]))})"
         raise ValueError(
             f"`--data-dir` {folder} holds {found}, but exactly one is needed: give a folder written by "
-            "`DatasetDict.save_to_disk`, or the cache folder of one prepared builder."
+            "`chex data prepare` or `DatasetDict.save_to_disk`, or the cache folder of one builder."
         )
     info = datasets.DatasetInfo.from_directory(str(builds[0]))
     splits = {}

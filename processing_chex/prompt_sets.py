@@ -4,13 +4,16 @@ A region may have several synonyms (training draws one at random, evaluation ave
 one positive, one negative and one localisation prompt.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .vocabulary import (
     ANATOMY_NAMES,
+    CLASSES_BY_DATASET,
     MULTI_ANATOMY_NAMES,
     VINDR_GLOBAL_CLASSES,
     class_names,
+    qualified_class_names,
 )
 
 
@@ -167,4 +170,51 @@ def class_prompts(dataset: str) -> PromptSet:
     return PromptSet(names=names, positive=positive, negative=negative, box=box, prompt_only_names=extra)
 
 
-__all__ = ["PromptSet", "anatomy_prompts", "class_prompts"]
+def find_class_set(names: Sequence[str]) -> str:
+    """The data set whose classes are `names`, in this order.
+
+    Raises:
+        ValueError: If there is none; the message lists the known ones.
+    """
+    for candidate in CLASSES_BY_DATASET:
+        if list(class_names(candidate)) == list(names):
+            return candidate
+    raise ValueError(
+        f"No prompt set has the finding classes {list(names)} of this data set. Known sets: "
+        f"{', '.join(CLASSES_BY_DATASET)}; name one with `class_set` if its classes agree in number and order."
+    )
+
+
+def prompts_for_classes(names: Sequence[str]) -> PromptSet:
+    """Prompts of the data set that has these classes or, for classes of no known one, those that the rule gives.
+
+    The names of a known data set get its prefix (`cig/af/atelectasis`), so that sets can be mixed.
+    """
+    try:
+        dataset = find_class_set(names)
+    except ValueError:
+        rules = {name: _rule(name) for name in names}
+        return PromptSet(tuple(names), *({name: [rule[kind]] for name, rule in rules.items()} for kind in range(3)))
+    prompts, qualified = class_prompts(dataset), qualified_class_names(dataset)
+    kinds = (prompts.positive, prompts.negative, prompts.box)
+    return PromptSet(qualified, *(dict(zip(qualified, (kind[n] for n in names), strict=True)) for kind in kinds))
+
+
+def merge_prompt_sets(parts: Sequence[PromptSet]) -> tuple[PromptSet, list[list[int]]]:
+    """One set with all classes, a class of several parts once, and for each part where its classes are in it."""
+    names = tuple(dict.fromkeys(name for part in parts for name in part.names))
+    positions = {name: number for number, name in enumerate(names)}
+    kinds = (
+        {k: v for part in parts for k, v in getattr(part, kind).items()} for kind in ("positive", "negative", "box")
+    )
+    return PromptSet(names, *kinds), [[positions[name] for name in part.names] for part in parts]
+
+
+__all__ = [
+    "PromptSet",
+    "anatomy_prompts",
+    "class_prompts",
+    "find_class_set",
+    "merge_prompt_sets",
+    "prompts_for_classes",
+]

@@ -252,6 +252,6 @@ def test_normalised_boxes():
         [[[20, 30, 60, 50], [0, 0, 20, 10], [0, 0, 11, 10], [200, 0, 300, 10], [50, 50, 50, 60]]], dtype=np.float32
     )
     found, visible = normalised_boxes(boxes, frames[:, None])
-    assert visible.tolist() == [[True, True, False, False, False]]
+    assert visible.tolist() == [[True, True, True, False, False]]
     np.testing.assert_allclose(found[0, 0], [0.3, 0.4, 0.4, 0.2], atol=1e-6)
     np.testing.assert_allclose(found[0, 1], [0.05, 0.05, 0.1, 0.1], atol=1e-6)

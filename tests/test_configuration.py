@@ -114,7 +114,7 @@ def test_published_augmentation(stage):
     assert (augmentation.rotation, augmentation.translation, augmentation.scale) == (10.0, 0.02, (0.95, 1.0))
     assert (augmentation.brightness, augmentation.contrast) == (0.4, 0.4)
     assert (augmentation.blur_probability, augmentation.blur_sigma) == (0.5, (0.1, 5.0))
-    assert augmentation.flip_probability == 0  # names and sentences keep their sides
+    assert augmentation.flip == "off"  # names and sentences keep their sides
 
 
 def test_schedule_of_the_published_stage():

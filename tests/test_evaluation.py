@@ -27,11 +27,11 @@ from evaluation.tasks.detection import (
     scale_boxes,
     tune_detection,
 )
-from evaluation.tasks.records import find_class_set, frame_boxes, iterate_targets, read_targets
+from evaluation.tasks.records import frame_boxes, iterate_targets, read_targets
 from evaluation.tasks.report import deduplicate
 from modeling_chex import ChexConfig, ChexModel, ChexOutput
 from processing_chex import ChexImageProcessor, ChexProcessor
-from processing_chex.prompt_sets import anatomy_prompts, class_prompts
+from processing_chex.prompt_sets import anatomy_prompts, class_prompts, find_class_set
 from processing_chex.vocabulary import ANATOMY_NAMES, CHEXPERT_CLASSES, PHANTOM_CLASSES
 from training.build_tokenizers import build_tokenizers
 from training.data.phantom import phantom_features, phantom_record

@@ -208,7 +208,7 @@ def test_the_last_model_answers_and_writes(runs, workspace):
     model, processor = ChexModel.from_pretrained(runs["stage3"]), ChexProcessor.from_pretrained(runs["stage3"])
     model.eval()
     config = load_config(CONFIG_DIR / "phantom" / "stage3.yaml", arguments(workspace, "stage3", workspace)[2:])
-    image = loop.load_data(config.data)["test"][0]["image"]
+    image = loop.load_data(config.data)[0]["test"][0]["image"]
     inputs = processor(images=image, text=[["Pleural effusion", "right lung"]], return_tensors="pt")
     with torch.no_grad():
         output = model(**inputs)
@@ -511,7 +511,6 @@ def test_a_batch_larger_than_the_data(runs, workspace, tmp_path):
         ("stage3", "model.post_decoder_config.num_layers=1", "unknown key 'num_layers'. Known keys: region_drop"),
         ("pretrain_clip", "model.projection_dims=1", "unknown key 'projection_dims'. Did you mean 'projection_dim'?"),
         ("stage1", "data.num_validation=0", "no validation split, which training needs: set data.num_validation"),
-        ("stage1", "data.dataset=mimic", "data.dataset is 'mimic', but only 'phantom' is available"),
     ],
 )
 def test_mistakes_in_a_configuration(runs, workspace, tmp_path, stage, override, message):
@@ -532,6 +531,10 @@ def test_stage3_needs_a_post_decoder(runs, workspace, tmp_path):
         (["optimization.batchsize=3"], "unknown key 'batchsize'. Did you mean 'batch_size'?"),
         (["--config", "nowhere.yaml"], "There is no training configuration at nowhere.yaml"),
         (["--config", str(CONFIG_DIR / "phantom" / "stage2.yaml")], "configures the stage 'stage2', not 'stage1'"),
+        (["data.dataset=mimic"], "dataset must be one of 'phantom', 'prepared', not 'mimic'"),
+        (["data.dataset=prepared"], "data.dataset=prepared needs data.subsets"),
+        (["data.subsets=[{folder: mimic}]"], "data.subsets has no effect on the phantom"),
+        (["data.subsets=[{factor: 2}]"], "each of data.subsets needs a `folder`"),
         (["output_dir="], "`output_dir` must be of type str"),
         (["output_dir=''"], "`output_dir` is not set: add output_dir=FOLDER"),
         (["--verbose"], "unrecognized arguments: --verbose"),

@@ -19,7 +19,6 @@ IDENTITY = AugmentationConfig(
     rotation=0.0,
     translation=0.0,
     scale=(1.0, 1.0),
-    flip_probability=0.0,
     brightness=0.0,
     contrast=0.0,
     blur_probability=0.0,
@@ -28,6 +27,16 @@ IDENTITY = AugmentationConfig(
 
 def generator(seed):
     return torch.Generator().manual_seed(seed)
+
+
+def maps(config, count, seed=0):
+    augmentation = Augmentation(config, seed)
+    return augmentation.geometry(augmentation.draws(torch.arange(count)))
+
+
+def changed(config, images, seed=0):
+    augmentation = Augmentation(config, seed)
+    return augmentation.intensity(images, augmentation.draws(torch.arange(len(images))))
 
 
 def rectangles(count, seed, low=0.1, high=0.9):
@@ -67,7 +76,7 @@ def hulls(images):
 @pytest.mark.parametrize("seed", range(6))
 def test_boxes_follow_the_pixels(seed, flip):
     images, boxes = rectangles(48, seed)
-    transform = Augmentation(AugmentationConfig(flip_probability=flip)).sample(48, generator(seed))
+    transform = maps(AugmentationConfig(flip="reference", flip_probability=flip), 48, seed)
     moved, kept = transform.boxes(boxes, torch.ones(48, 1, dtype=torch.bool))
     box, hull = edges(moved), hulls(transform.images(images))
     # at the border the hull of the visible part of a rotated rectangle is smaller than the visible part of its hull
@@ -78,9 +87,9 @@ def test_boxes_follow_the_pixels(seed, flip):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_boxes_are_clipped_like_the_pixels(seed):
-    config = AugmentationConfig(rotation=0.0, crop_area=(0.3, 0.5), flip_probability=0.5)
+    config = dataclasses.replace(IDENTITY, crop_area=(0.3, 0.5), crop_aspect=(0.75, 1.33), flip="reference")
     images, boxes = rectangles(48, seed, low=0.0, high=1.0)
-    transform = Augmentation(config).sample(48, generator(seed))
+    transform = maps(config, 48, seed)
     moved, kept = transform.boxes(boxes, torch.ones(48, 1, dtype=torch.bool))
     kept, box, hull = kept[:, 0], edges(moved), hulls(transform.images(images))
     large = kept & ((box[:, 2:] - box[:, :2]) > 3).all(1)
@@ -95,7 +104,7 @@ def test_boxes_are_clipped_like_the_pixels(seed):
 
 def test_a_mirror_alone_is_exact():
     images, boxes = rectangles(8, 0)
-    transform = Augmentation(dataclasses.replace(IDENTITY, flip_probability=1.0)).sample(8, generator(0))
+    transform = maps(dataclasses.replace(IDENTITY, flip="reference", flip_probability=1.0), 8)
     torch.testing.assert_close(transform.images(images), images.flip(-1), atol=1e-5, rtol=0)
     moved, _ = transform.boxes(boxes, torch.ones(8, 1, dtype=torch.bool))
     expected = boxes.clone()
@@ -104,20 +113,21 @@ def test_a_mirror_alone_is_exact():
 
 
 def test_half_of_the_images_are_mirrored():
-    matrix = Augmentation(AugmentationConfig(flip_probability=0.5, rotation=0.0)).sample(400, generator(0)).matrix
-    assert 150 < (matrix[:, 0, 0] < 0).sum() < 250
-    assert (matrix[:, 1, 1] > 0).all()
+    for flip in ("reference", "consistent"):
+        transform = maps(AugmentationConfig(flip=flip), 400)
+        assert 150 < transform.mirrored.sum() < 250
+        assert (transform.crop[:, 1, 1] > 0).all()
+    assert not maps(AugmentationConfig(), 400).mirrored.any()
 
 
 def test_nothing_changes_without_augmentation():
-    augmentation = Augmentation(IDENTITY)
     images = torch.rand(5, 1, SIDE, SIDE, generator=generator(1))
     _, boxes = rectangles(5, 1)
     mask = torch.tensor([True, True, False, True, True])[:, None]
-    transform = augmentation.sample(5, generator(2))
+    transform = maps(IDENTITY, 5)
     moved, kept = transform.boxes(boxes, mask)
     torch.testing.assert_close(transform.images(images), images, atol=1e-5, rtol=0)
-    torch.testing.assert_close(augmentation.intensity(images, generator(3)), images, atol=1e-6, rtol=0)
+    torch.testing.assert_close(changed(IDENTITY, images), images, atol=1e-6, rtol=0)
     assert torch.equal(kept, mask)
     torch.testing.assert_close(moved[mask], boxes[mask])
     assert (moved[~mask] == 0).all()
@@ -125,7 +135,7 @@ def test_nothing_changes_without_augmentation():
 
 def test_any_number_of_box_axes():
     """(N, A, 4) and (N, C, T, 4) are moved alike, also when there is none."""
-    transform = Augmentation(AugmentationConfig()).sample(3, generator(0))
+    transform = maps(AugmentationConfig(), 3)
     boxes = torch.rand(3, 6, 4, generator=generator(1)) * 0.3 + 0.2
     mask = torch.rand(3, 6, generator=generator(2)) < 0.7
     moved, kept = transform.boxes(boxes, mask)
@@ -138,13 +148,16 @@ def test_any_number_of_box_axes():
 
 @pytest.mark.parametrize(("share", "stays"), [(0.0, False), (0.09, False), (0.11, True), (0.5, True), (1.0, True)])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_boxes_with_less_than_a_tenth_inside_are_dropped(share, stays, axis):
+@pytest.mark.parametrize("step", ["crop", "affine"])
+def test_boxes_with_less_than_a_tenth_inside_are_dropped(share, stays, axis, step):
     assert MIN_VISIBLE_SHARE == 0.1
     matrix = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]])
     matrix[0, axis, 2] = 0.5 + 0.2 * (1 - share)  # moves the box from [0.5, 0.7] across the border at 0
     box = torch.full((1, 1, 4), 0.2)
     box[..., :2] = 0.6
-    moved, kept = GeometricTransform(matrix).boxes(box, torch.ones(1, 1, dtype=torch.bool))
+    nothing = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]])
+    transform = GeometricTransform(**{"crop": nothing, "affine": nothing} | {step: matrix})
+    moved, kept = transform.boxes(box, torch.ones(1, 1, dtype=torch.bool))
     assert kept.item() == stays
     expected = torch.zeros(4)
     if stays:
@@ -153,26 +166,48 @@ def test_boxes_with_less_than_a_tenth_inside_are_dropped(share, stays, axis):
     torch.testing.assert_close(moved[0, 0], expected, atol=1e-6, rtol=1e-5)
 
 
-def test_draws_depend_on_the_seed_alone():
-    augmentation, images = Augmentation(AugmentationConfig()), torch.rand(6, 1, 32, 32, generator=generator(0))
-    first, again, other = (augmentation.sample(6, generator(seed)).matrix for seed in (5, 5, 6))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    first, again, other = (augmentation.intensity(images, generator(seed)) for seed in (5, 5, 6))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+def test_an_image_is_changed_by_its_seed_epoch_and_number_alone():
+    images = torch.rand(7, 1, 32, 32, generator=generator(0))
+    boxes, mask = torch.rand(7, 4, 4, generator=generator(1)), torch.ones(7, 4, dtype=torch.bool)
+
+    def augment(rows, seed=5, epoch=2):
+        augmentation = Augmentation(AugmentationConfig(flip="reference"), seed)
+        draws = augmentation.draws(100 + torch.tensor(rows), epoch)
+        transform = augmentation.geometry(draws)
+        moved, kept = transform.boxes(boxes[rows], mask[rows])
+        return augmentation.intensity(transform.images(images[rows]), draws), moved, kept
+
+    together = augment(list(range(7)))
+    for other in (augment([6, 2, 0, 4]), augment([2])):
+        for rows in ([6, 2, 0, 4], [2]):
+            if len(other[0]) == len(rows):
+                for one, all_of_them in zip(other, together, strict=True):
+                    torch.testing.assert_close(one, all_of_them[rows], atol=1e-6, rtol=0)
+    for other in (augment(list(range(7)), seed=6), augment(list(range(7)), epoch=3)):
+        assert all((one - another).abs().max() > 0.01 for one, another in zip(other[0], together[0], strict=True))
 
 
 def test_draws_stay_in_their_ranges():
-    matrix = Augmentation(AugmentationConfig(rotation=0.0)).sample(2000, generator(0)).matrix
-    size = matrix[:, [0, 1], [0, 1]]  # (N, 2): side of the crop over the scale of the affine map
-    assert matrix[:, [0, 1], [1, 0]].abs().max() < 1e-6
-    assert (size <= 1 / 0.95 + 1e-5).all()
-    assert (size.prod(1) >= 0.4).all()  # half of the area, less what a clamped side loses
-    corners = torch.stack([matrix[..., 2], matrix[..., 2] + size], 1)
-    assert corners.min() >= -0.06
-    assert corners.max() <= 1.06
-    rotated = Augmentation(dataclasses.replace(IDENTITY, rotation=10.0)).sample(2000, generator(0)).matrix
+    transform = maps(AugmentationConfig(), 2000)
+    size = transform.crop[:, [0, 1], [0, 1]]
+    assert transform.crop[:, [0, 1], [1, 0]].abs().max() == 0
+    assert size.min() > 0
+    assert (size <= 1).all()
+    area, aspect = size.prod(1), size[:, 0] / size[:, 1]
+    assert 0.5 <= area.min() < 0.52
+    assert area.max() > 0.95
+    assert 0.75 - 1e-4 <= aspect.min() < 0.8
+    assert 1.25 < aspect.max() <= 4 / 3 + 1e-4
+    corners = torch.stack([transform.crop[..., 2], transform.crop[..., 2] + size], 1)
+    assert corners.min() >= 0
+    assert corners.max() <= 1 + 1e-6
+    scaled = maps(dataclasses.replace(IDENTITY, scale=(0.95, 1.0), translation=0.02), 2000).affine
+    size = scaled[:, [0, 1], [0, 1]]
+    assert 1 - 1e-5 <= size.min() < 1.01
+    assert 1.04 < size.max() <= 1 / 0.95 + 1e-5
+    shift = 0.5 - (0.5 - scaled[..., 2]) / size  # of the centre, forwards
+    assert 0.019 < shift.abs().max() <= 0.02 + 1e-5
+    rotated = maps(dataclasses.replace(IDENTITY, rotation=10.0), 2000).affine
     angle = torch.rad2deg(torch.atan2(rotated[:, 1, 0], rotated[:, 0, 0]))
     assert 9.8 < angle.abs().max() <= 10.0 + 1e-4
     assert angle.min() < -9 < 9 < angle.max()
@@ -180,11 +215,34 @@ def test_draws_stay_in_their_ranges():
     torch.testing.assert_close(centre, torch.full_like(centre, 0.5), atol=1e-6, rtol=0)
 
 
+def test_a_crop_that_never_fits_is_the_whole_image():
+    transform = maps(AugmentationConfig(crop_area=(0.99, 1.0), crop_aspect=(2.0, 3.0)), 5)
+    torch.testing.assert_close(transform.crop, torch.eye(2, 3).expand(5, -1, -1))
+
+
+def test_the_affine_map_sees_no_more_than_the_crop():
+    """As if the crop had been made first: black where the map reaches beyond it, though the image goes on there."""
+    config = dataclasses.replace(IDENTITY, crop_area=(0.5, 0.5), scale=(0.8, 0.8))
+    result = maps(config, 3).images(torch.ones(3, 1, 200, 200))
+    border = 20  # pixels of 200 on each side
+    assert (result[..., border + 1 : -border - 1, border + 1 : -border - 1] > 0.999).all()
+    for edge in (result[..., : border - 1, :], result[..., 1 - border :, :], result[..., : border - 1]):
+        assert (edge == 0).all()
+
+
+def test_another_size_of_the_output():
+    images = torch.rand(2, 1, 64, 64, generator=generator(0))
+    result = maps(IDENTITY, 2).images(images, side=32)
+    assert result.shape == (2, 1, 32, 32)
+    pooled = torch.nn.functional.avg_pool2d(images, 2)  # what bilinear sampling between four pixels is
+    torch.testing.assert_close(result, pooled, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_intensities_stay_in_range(seed):
     images = torch.rand(16, 1, 24, 24, generator=generator(seed))
     images[0], images[1] = 0.0, 1.0
-    result = Augmentation(AugmentationConfig()).intensity(images.clone(), generator(seed))
+    result = changed(AugmentationConfig(), images.clone(), seed)
     assert result.shape == images.shape
     assert result.min() >= 0
     assert result.max() <= 1 + 1e-6
@@ -195,7 +253,7 @@ def test_brightness_and_contrast_are_drawn_for_each_image():
     config = dataclasses.replace(IDENTITY, brightness=0.4, contrast=0.4)
     images = torch.full((64, 1, 8, 8), 0.4)
     images[..., :4] = 0.6
-    result = Augmentation(config).intensity(images, generator(0))
+    result = changed(config, images)
     mean = result.mean((1, 2, 3)) / 0.5
     spread = (result[..., 0, 0] - result[..., 0, 7])[:, 0] / 0.2 / mean  # brightness scales the spread as well
     for factor in (mean, spread):
@@ -207,10 +265,10 @@ def test_the_input_of_the_blur_is_not_changed():
     config = dataclasses.replace(IDENTITY, blur_probability=1.0)
     images = torch.rand(12, 1, 24, 24, generator=generator(0))
     copy = images.clone()
-    result = Augmentation(config).intensity(images, generator(1))
+    result = changed(config, images)
     assert torch.equal(images, copy)
-    changed = (result - images).abs().amax((1, 2, 3)) > 1e-3
-    assert 0 < (~changed).sum() < 12  # a quarter of the kernels have one pixel
+    blurred = (result - images).abs().amax((1, 2, 3)) > 1e-3
+    assert 0 < (~blurred).sum() < 12  # a quarter of the kernels have one pixel
 
 
 @pytest.mark.parametrize("sigma", [0.3, 1.0, 2.7, 5.0])

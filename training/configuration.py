@@ -22,11 +22,36 @@ from training.objectives import (
 CONFIG_DIR = Path(__file__).parent / "configs"
 
 
+@dataclass(frozen=True)
+class SubsetConfig:
+    """
+    A data set that `chex data prepare` has written, as a part of a mixture.
+
+    `balance` repeats it until it is as large as the largest one, and `factor` so many times again (or less, below 1).
+    """
+
+    folder: str = ""
+    factor: float = 1.0
+    balance: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.folder:
+            raise ValueError("each of data.subsets needs a `folder`, which `chex data prepare` has written.")
+        if self.factor <= 0:
+            raise ValueError(f"the factor of {self.folder} must be greater than 0, not {self.factor!r}.")
+
+
 @dataclass
 class DataConfig:
-    """What to train on: the phantom, described by the fields of its builder configuration."""
+    """
+    What to train on: the phantom, described by the fields of its builder configuration, or prepared data sets.
 
-    dataset: str = "phantom"
+    `side` is that of the square images from which augmentation crops, by default that of the network input.
+    `in_memory` keeps them all decoded in memory (by default only the phantom, which is small).
+    """
+
+    dataset: Literal["phantom", "prepared"] = "phantom"
+    subsets: tuple[SubsetConfig, ...] = ()
     cache_dir: str = "runs/data"
     seed: int = 7
     image_size: int = 128
@@ -34,18 +59,32 @@ class DataConfig:
     num_validation: int = 400
     num_test: int = 800
     num_proc: int = 2
+    side: int | None = None
+    in_memory: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.dataset == "prepared" and not self.subsets:
+            raise ValueError("data.dataset=prepared needs data.subsets, such as [{folder: data/chest-imagenome}].")
+        if self.dataset == "phantom" and self.subsets:
+            raise ValueError("data.subsets has no effect on the phantom: set data.dataset=prepared.")
 
 
 @dataclass
 class AugmentationConfig:
-    """Random changes of training images; the defaults are the paper's, without the mirroring of named sides."""
+    """
+    Random changes of training images; the defaults are the paper's, without the mirroring.
+
+    `flip`: "reference" mirrors images but leaves the names of sides as they are, as the official code does;
+    "consistent" exchanges left and right in anatomies and texts as well; "off" mirrors nothing.
+    """
 
     crop_area: tuple[float, float] = (0.5, 1.0)
     crop_aspect: tuple[float, float] = (0.75, 4 / 3)
     rotation: float = 10.0
     translation: float = 0.02
     scale: tuple[float, float] = (0.95, 1.0)
-    flip_probability: float = 0.0
+    flip: Literal["off", "reference", "consistent"] = "off"
+    flip_probability: float = 0.5
     brightness: float = 0.4
     contrast: float = 0.4
     blur_probability: float = 0.5
@@ -248,6 +287,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizationConfig",
     "StageConfig",
+    "SubsetConfig",
     "TrackingConfig",
     "check_model_keys",
     "load_config",

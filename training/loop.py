@@ -24,10 +24,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from modeling_chex import ChexModel
-from processing_chex import ChexProcessor
-from training.collate import RecordDataset, TextTable, first
+from processing_chex import ChexImageProcessor, ChexProcessor
+from processing_chex.prompt_sets import PromptSet, merge_prompt_sets, prompts_for_classes
+from training.collate import MixedDataset, RecordDataset, TextTable, first, repeats_of
 from training.configuration import CONFIG_DIR, DataConfig, OptimizationConfig, StageConfig, load_config
 from training.data.phantom import PhantomChestXray, phantom_datasets
+from training.data.prepared import open_prepared, read_info
+from training.data.record import record_classes
 from training.supervision import Supervision
 
 
@@ -54,28 +57,81 @@ class StageParts:
     collate: Callable = first
 
 
-def load_data(config: DataConfig) -> datasets.DatasetDict:
-    """The splits of the configured data set, built on first use."""
-    if config.dataset != "phantom":
-        raise ValueError(f"data.dataset is {config.dataset!r}, but only 'phantom' is available.")
-    splits = phantom_datasets(config.cache_dir, num_proc=config.num_proc, **_phantom_fields(config))
+@dataclass
+class TrainingData:
+    """
+    What stages learn from.
+
+    Attributes:
+        train, validation: Batches of both splits.
+        texts: Table of all their texts.
+        prompts: Prompts of the finding classes, in the order of the batches.
+    """
+
+    train: RecordDataset | MixedDataset
+    validation: RecordDataset | MixedDataset
+    texts: TextTable
+    prompts: PromptSet
+
+
+def load_data(config: DataConfig) -> list[datasets.DatasetDict]:
+    """The splits of each configured data set; the phantom is built on first use."""
+    if config.dataset == "phantom":
+        parts = [phantom_datasets(config.cache_dir, num_proc=config.num_proc, **_phantom_fields(config))]
+        remedy = "set data.num_{} above 0"
+    else:
+        parts = [open_prepared(subset.folder, cache_dir=config.cache_dir) for subset in config.subsets]
+        remedy = "add a data set that has one"
     for name in ("train", "validation"):
-        if name not in splits:
-            raise ValueError(f"The data has no {name} split, which training needs: set data.num_{name} above 0.")
-    return splits
+        if not any(name in part for part in parts):
+            raise ValueError(f"The data has no {name} split, which training needs: {remedy.format(name)}.")
+    return parts
 
 
 def _phantom_fields(config: DataConfig) -> dict[str, int]:
     return {name: getattr(config, name) for name in ("seed", "image_size", "num_train", "num_validation", "num_test")}
 
 
+def _data_build(config: DataConfig) -> str:
+    """Changes with the data, also when their configuration does not."""
+    if config.dataset == "phantom":
+        return Path(PhantomChestXray(cache_dir=config.cache_dir, **_phantom_fields(config)).cache_dir).parent.name
+    return " ".join(read_info(subset.folder).content for subset in config.subsets)
+
+
 @functools.lru_cache(maxsize=1)
-def _read_records(
-    data_key: tuple, processor_key: str, config: "_Hidden", processor: "_Hidden"
-) -> tuple[RecordDataset, RecordDataset, TextTable]:
-    splits, texts = load_data(config.value), TextTable()
-    train = RecordDataset(splits["train"], processor.value.image_processor, texts)
-    return train, RecordDataset(splits["validation"], processor.value.image_processor, texts), texts
+def _read_data(data_key: tuple, processor_key: str, config: "_Hidden", image_processor: "_Hidden") -> TrainingData:
+    config, texts = config.value, TextTable()
+    parts = load_data(config)
+    in_memory = config.dataset == "phantom" if config.in_memory is None else config.in_memory
+    vocabularies = [record_classes(next(iter(part.values())).features) for part in parts]
+    prompts, places = merge_prompt_sets([prompts_for_classes(names) for names in vocabularies])
+
+    def read(split: str) -> tuple[list[RecordDataset], list[int]]:
+        owners = [number for number, part in enumerate(parts) if split in part]
+        return [
+            RecordDataset(
+                parts[number][split],
+                image_processor.value,
+                texts,
+                in_memory,
+                num_classes=len(prompts.names),
+                class_index=places[number],
+                side=config.side,
+            )
+            for number in owners
+        ], owners
+
+    (train, owners), (validation, _) = read("train"), read("validation")
+    if config.dataset == "phantom":
+        return TrainingData(train[0], validation[0], texts, prompts)
+    subsets = [config.subsets[number] for number in owners]
+    repeats = repeats_of(
+        [len(part) for part in train], [subset.factor for subset in subsets], [subset.balance for subset in subsets]
+    )
+    for subset, part, count in zip(subsets, train, repeats, strict=True):
+        logger.warning("%s: %d training images, %d times an epoch.", subset.folder, len(part), count)
+    return TrainingData(MixedDataset(train, repeats), MixedDataset(validation, [1] * len(validation)), texts, prompts)
 
 
 class _Hidden:
@@ -91,10 +147,10 @@ class _Hidden:
         return isinstance(other, _Hidden)
 
 
-def read_records(config: DataConfig, processor: ChexProcessor) -> tuple[RecordDataset, RecordDataset, TextTable]:
-    """Train and validation split in memory with the table of their texts; kept for the next stage in this process."""
-    key = tuple(sorted(vars(config).items()))
-    return _read_records(key, repr(processor.image_processor.to_dict()), _Hidden(config), _Hidden(processor))
+def read_data(config: DataConfig, image_processor: ChexImageProcessor) -> TrainingData:
+    """Both splits of the configured data, mixed if they are several; kept for the next stage in this process."""
+    key = (tuple(sorted(vars(config).items())), _data_build(config))
+    return _read_data(key, repr(image_processor.to_dict()), _Hidden(config), _Hidden(image_processor))
 
 
 def load_stage_model(folder: str | None, purpose: str, **config_overrides: object) -> tuple[ChexModel, ChexProcessor]:
@@ -179,9 +235,8 @@ def run_stage(config: StageConfig, build: Callable[[StageConfig], StageParts], o
     output_dir = Path(config.output_dir)
     model_dir, config_path = output_dir / "model", output_dir / "config.yaml"
     resolved = yaml.safe_dump(json.loads(json.dumps(config.to_dict())), sort_keys=False)
-    # the name of the build changes with the code that draws the phantom; as a comment, the file stays a configuration
-    build_dir = Path(PhantomChestXray(cache_dir=config.data.cache_dir, **_phantom_fields(config.data)).cache_dir)
-    resolved += f"# data build: {build_dir.parent.name}\n"
+    # the build changes with the code that draws the phantom; as a comment, the file stays a configuration
+    resolved += f"# data build: {_data_build(config.data)}\n"
     same = config_path.is_file() and config_path.read_text(encoding="utf-8") == resolved
     same = same and not _older_than(config_path, (config.init_from, config.generator_from))
     if same and not overwrite and (model_dir / "config.json").is_file():
@@ -292,7 +347,7 @@ def _train(accelerator: Accelerator, config: StageConfig, parts: StageParts, out
             # Random numbers depend on the place in the run alone: a resumed run draws what the original would have.
             torch.manual_seed(seed + 2_000_003 * (accelerator.process_index + 1))
             with accelerator.accumulate(module):
-                losses = module(batch, seed=seed)
+                losses = module(batch, seed=seed, epoch=state.epoch)
                 accelerator.backward(losses["loss"])
                 if accelerator.sync_gradients and options.max_grad_norm is not None:
                     accelerator.clip_grad_norm_(parameters, options.max_grad_norm)
@@ -417,11 +472,12 @@ def _newest_checkpoint(output_dir: Path) -> Path | None:
 
 __all__ = [
     "StageParts",
+    "TrainingData",
     "learning_rate_factor",
     "load_data",
     "load_stage_model",
     "parse_arguments",
-    "read_records",
+    "read_data",
     "run_as_script",
     "run_stage",
     "set_trainable",

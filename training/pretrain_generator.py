@@ -16,9 +16,9 @@ from modeling_chex import ChexGeneratorConfig, ChexSentenceGenerator
 from modeling_chex.conversion import generator_from_gpt2
 from processing_chex import ChexProcessor
 from processing_chex.generator_tokenizer import load_generator_tokenizer
-from training.collate import RecordDataset
+from training.collate import occurring_texts
 from training.configuration import StageConfig, check_model_keys, model_keys
-from training.loop import StageParts, load_stage_model, parse_arguments, read_records, run_as_script, run_stage
+from training.loop import StageParts, load_stage_model, parse_arguments, read_data, run_as_script, run_stage
 from training.supervision import GeneratorSupervision, encode_texts
 
 
@@ -27,14 +27,6 @@ CHOICES_WITH_GPT2 = (
     *("prefix_length", "prefix_hidden_size", "prefix_act", "prefix_dropout", "position_offset"),
     *("max_generation_length", "attn_pdrop", "embd_pdrop", "resid_pdrop"),
 )
-
-
-def occurrences(records: RecordDataset) -> torch.Tensor:
-    """Numbers of all sentences of a split, in reports and of anatomies, as often as they occur."""
-    sentences = torch.from_numpy(records.arrays["sentences"]).flatten()
-    anatomies = torch.from_numpy(records.arrays["anatomy_texts"]).flatten()
-    ids = torch.cat([sentences, anatomies])
-    return ids[ids >= 0]
 
 
 def start(
@@ -73,15 +65,16 @@ def build(config: StageConfig) -> StageParts:
     )
     generator, tokenizer = start(config, encoder.config.projection_dim, processor)
     processor = ChexProcessor(processor.image_processor, processor.tokenizer, tokenizer)
-    train, validation, texts = read_records(config.data, processor)
-    features = encode_texts(encoder, processor.tokenizer, texts.texts)
-    supervision = GeneratorSupervision(generator, features, tokenizer, texts.texts)
+    data = read_data(config.data, processor.image_processor)
+    texts = data.texts.texts
+    features = encode_texts(encoder, processor.tokenizer, texts)
+    supervision = GeneratorSupervision(generator, features, tokenizer, texts)
 
     def save(folder: Path) -> None:
         generator.save_pretrained(folder)
         processor.save_pretrained(folder)
 
-    return StageParts(supervision, occurrences(train), occurrences(validation), save, torch.stack)
+    return StageParts(supervision, occurring_texts(data.train), occurring_texts(data.validation), save, torch.stack)
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from modeling_chex import ChexModel, save_with_code
 from processing_chex import ChexProcessor
-from processing_chex.prompt_sets import class_prompts
 from training.configuration import StageConfig
-from training.loop import StageParts, read_records, set_trainable
+from training.loop import StageParts, read_data, set_trainable
 from training.supervision import ChexSupervision
+from training.transforms import Augmentation
 
 
 def supervised_stage(config: StageConfig, model: ChexModel, processor: ChexProcessor) -> StageParts:
@@ -16,24 +16,24 @@ def supervised_stage(config: StageConfig, model: ChexModel, processor: ChexProce
         # the generator comes with the tokenizer that it was pre-trained with, which earlier stages need not have
         sentences = ChexProcessor.from_pretrained(config.generator_from).generator_tokenizer
         processor = ChexProcessor(processor.image_processor, processor.tokenizer, sentences)
-    train, validation, texts = read_records(config.data, processor)
+    data = read_data(config.data, processor.image_processor)
     set_trainable(model, config.trainable, config.frozen_vision_layers)
     supervision = ChexSupervision(
         model,
         processor.image_processor,
         processor.tokenizer,
         processor.generator_tokenizer,
-        class_prompts(config.data.dataset),
-        texts.texts,
+        data.prompts,
+        data.texts,
         config.objectives,
-        config.augmentation,
+        Augmentation(config.augmentation, config.seed),
         config.keep_frozen_in_train_mode,
     )
 
     def save(folder: Path) -> None:
         save_with_code(model, processor, folder)
 
-    return StageParts(supervision, train, validation, save)
+    return StageParts(supervision, data.train, data.validation, save)
 
 
 __all__ = ["supervised_stage"]

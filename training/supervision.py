@@ -18,7 +18,7 @@ from processing_chex.image_processing_chex import ChexImageProcessor
 from processing_chex.prompt_sets import PromptSet, anatomy_prompts
 from processing_chex.vocabulary import ANATOMY_NAMES, MULTI_ANATOMY_MEMBERS
 from training.collate import Batch, TextTable
-from training.configuration import AugmentationConfig, ObjectiveConfig
+from training.configuration import ObjectiveConfig
 from training.distributed import process_collectives
 from training.objectives import (
     anatomy_objective,
@@ -115,7 +115,7 @@ class Supervision(nn.Module):
 
     @staticmethod
     def generators(seed: int) -> tuple[torch.Generator, torch.Generator]:
-        """For draws that all processes share (classes, synonyms), and for those of this process (augmentation)."""
+        """For draws that all processes share (classes, synonyms), and for those of this process (sentences)."""
         rank = PartialState().process_index
         return torch.Generator().manual_seed(seed), torch.Generator().manual_seed((rank + 1) * 1_000_003 + seed)
 
@@ -127,31 +127,36 @@ class ImageSupervision(Supervision):
         self,
         model: ChexModel,
         image_processor: ChexImageProcessor,
-        augmentation: AugmentationConfig,
+        augmentation: Augmentation,
+        texts: TextTable,
         keep_frozen_in_train_mode: bool = False,
     ):
         super().__init__(model, keep_frozen_in_train_mode)
-        self.augmentation = Augmentation(augmentation)
+        self.augmentation = augmentation
+        self.side = image_processor.size["height"]
         self.mean, self.std = image_processor.image_mean, image_processor.image_std
+        mirror_ids = texts.mirror_ids() if augmentation.config.flip == "consistent" else None
+        self.register_buffer("mirror_ids", mirror_ids, persistent=False)
 
-    def prepare(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Batch]:
+    def prepare(self, batch: Batch, epoch: int) -> tuple[Tensor, Batch]:
         """Pixel values (N, 3, S, S) and the batch with its boxes moved; augmented in training mode."""
         images = batch.images.float() / 255
         if self.training:
-            transform = self.augmentation.sample(len(images), generator)
-            transform.matrix = transform.matrix.to(images.device)
-            images = self.augmentation.intensity(transform.images(images), generator)
+            draws = self.augmentation.draws(batch.index, epoch)
+            transform = self.augmentation.geometry(draws).to(images.device)
+            images = self.augmentation.intensity(transform.images(images, self.side), draws)
             anatomy_boxes, anatomy_present = transform.boxes(batch.anatomy_boxes, batch.anatomy_present)
             class_boxes, class_box_mask = transform.boxes(batch.class_boxes, batch.class_box_mask)
-            batch = Batch(
-                **vars(batch)
-                | {
-                    "anatomy_boxes": anatomy_boxes,
-                    "anatomy_present": anatomy_present,
-                    "class_boxes": class_boxes,
-                    "class_box_mask": class_box_mask,
-                }
+            batch = batch.replace(
+                anatomy_boxes=anatomy_boxes,
+                anatomy_present=anatomy_present,
+                class_boxes=class_boxes,
+                class_box_mask=class_box_mask,
             )
+            if self.mirror_ids is not None:
+                batch = batch.swap_sides(transform.mirrored, self.mirror_ids)
+        elif images.shape[-1] != self.side:
+            images = F.interpolate(images, size=(self.side, self.side), mode="bilinear", align_corners=False)
         return ((images - self.mean) / self.std).expand(-1, 3, -1, -1), batch
 
 
@@ -170,30 +175,33 @@ class ChexSupervision(ImageSupervision):
         tokenizer: PreTrainedTokenizerBase,
         generator_tokenizer: PreTrainedTokenizerBase | None,
         class_prompts: PromptSet,
-        texts: Sequence[str],
+        texts: TextTable,
         objectives: ObjectiveConfig,
-        augmentation: AugmentationConfig,
+        augmentation: Augmentation,
         keep_frozen_in_train_mode: bool = False,
     ):
-        super().__init__(model, image_processor, augmentation, keep_frozen_in_train_mode)
+        super().__init__(model, image_processor, augmentation, texts, keep_frozen_in_train_mode)
         self.objectives = objectives
         self.terms = objectives.weights.active()
         names = class_prompts.names
         self.anatomies = PromptBank(anatomy_prompts(synonyms=True), model, tokenizer)
         self.positives = PromptBank({name: class_prompts.positive[name] for name in names}, model, tokenizer)
         self.negatives = PromptBank({name: class_prompts.negative[name] for name in names}, model, tokenizer)
-        self.register_buffer("text_features", encode_texts(model, tokenizer, texts), persistent=False)
+        self.register_buffer("text_features", encode_texts(model, tokenizer, texts.texts), persistent=False)
         self.register_buffer("members", torch.tensor(MULTI_ANATOMY_MEMBERS), persistent=False)
         if model.sentence_generator is not None:
             ids, mask = tokenise(
-                generator_tokenizer, texts, model.config.generator_config.max_generation_length, start_and_end=True
+                generator_tokenizer,
+                texts.texts,
+                model.config.generator_config.max_generation_length,
+                start_and_end=True,
             )
             self.register_buffer("text_ids", ids, persistent=False)
             self.register_buffer("text_mask", mask, persistent=False)
 
-    def forward(self, batch: Batch, seed: int) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, seed: int, epoch: int = 0) -> dict[str, Tensor]:
         (shared, local), collectives = self.generators(seed), process_collectives()
-        pixel_values, batch = self.prepare(batch, local)
+        pixel_values, batch = self.prepare(batch, epoch)
         image_features = self.model.get_image_features(pixel_values)
         options, terms = self.objectives, self.terms
         num_images, device = len(batch.images), batch.images.device
@@ -228,7 +236,9 @@ class ChexSupervision(ImageSupervision):
         )
         classes = None
         if terms & {"pathology_detection", "pathology_classification"}:
-            available = torch.ones(len(positive), dtype=torch.bool, device=device)
+            # agreed on by all processes, which draw the same classes
+            annotated = (batch.has_class_boxes | batch.has_class_labels).sum(0)
+            available = collectives.sum(annotated) > 0
             limit = options.classes_per_step if self.training else None
             classes = subsample_classes(available, limit, shared).nonzero().squeeze(1)
             queries["classes"] = (positive[classes].expand(num_images, -1, -1), None)
@@ -267,7 +277,6 @@ class ChexSupervision(ImageSupervision):
             )
         if classes is not None:
             answer = answers["classes"]
-            annotated = torch.ones((num_images, len(classes)), dtype=torch.bool, device=device)
             losses |= pathology_objective(
                 answer["query_features"],
                 answer["region_boxes"],
@@ -277,9 +286,9 @@ class ChexSupervision(ImageSupervision):
                 negative[classes],
                 batch.class_boxes[:, classes],
                 batch.class_box_mask[:, classes],
-                annotated,
+                batch.has_class_boxes[:, classes],
                 batch.class_labels[:, classes],
-                annotated,
+                batch.has_class_labels[:, classes],
                 terms=terms,
                 options=options.pathology,
                 objective_mode=options.mode,
@@ -386,7 +395,7 @@ class ChexSupervision(ImageSupervision):
         else:
             features = answer["query_features"][:, :count]
             arguments = {"region_boxes": answer["region_boxes"][:, :count], "target_boxes": boxes}
-            arguments["has_boxes"] = torch.ones_like(present)
+            arguments["has_boxes"] = batch.has_anatomy_boxes[:, None].expand_as(present)
             if self._detects_multi():
                 arguments |= {
                     "multi_region_boxes": answer["region_boxes"][:, count:],
@@ -404,7 +413,7 @@ class ChexSupervision(ImageSupervision):
             positive=positive,
             negative=negative,
             labels=batch.anatomy_labels[:, anatomies],
-            has_labels=torch.ones_like(batch.anatomy_labels[:, anatomies]),
+            has_labels=batch.has_anatomy_labels[:, None].expand(-1, count, -1),
             sentence_features=text_features.sum(2) / has_sentences.sum(2).clamp_min(1)[..., None],
             has_sentences=has_sentences.any(2),
             kept=kept,
@@ -428,12 +437,15 @@ class ChexSupervision(ImageSupervision):
                 positive,
                 negative,
                 labels,
-                observed[..., None].expand_as(labels),
+                observed[..., None] & batch.has_anatomy_labels[:, None],
                 collectives=process_collectives(),
             )
         if "anatomy_presence" in terms and answer is not None:
             losses["anatomy_presence"] = presence_loss(
-                answer["region_scores"][:, :count], present, torch.ones_like(present), process_collectives()
+                answer["region_scores"][:, :count],
+                present,
+                batch.has_anatomy_boxes[:, None].expand_as(present),
+                process_collectives(),
             )
         if "anatomy_generation" in terms:
             texts = batch.anatomy_texts[:, anatomies]
@@ -480,11 +492,11 @@ class ContrastiveSupervision(ImageSupervision):
         tokenizer: PreTrainedTokenizerBase,
         class_prompts: PromptSet,
         texts: TextTable,
-        augmentation: AugmentationConfig,
-        sentences_per_image: int = 2,
+        augmentation: Augmentation,
+        sentences_per_image: int | None = 2,
         regions_per_image: int = 4,
     ):
-        super().__init__(model, image_processor, augmentation)
+        super().__init__(model, image_processor, augmentation, texts)
         names = [anatomy_prompts(synonyms=True)[name] for name in ANATOMY_NAMES]
         classes = [class_prompts.positive[name] for name in class_prompts.names]
         for buffer, prompts in (("region_names", names), ("class_names", classes)):
@@ -503,9 +515,9 @@ class ContrastiveSupervision(ImageSupervision):
         self.logit_scale = nn.Parameter(torch.full((3,), 2.6592))  # as CLIP's; for each loss
         self.sentences_per_image, self.regions_per_image = sentences_per_image, regions_per_image
 
-    def forward(self, batch: Batch, seed: int) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, seed: int, epoch: int = 0) -> dict[str, Tensor]:
         _, generator = self.generators(seed)
-        pixel_values, batch = self.prepare(batch, generator)
+        pixel_values, batch = self.prepare(batch, epoch)
         image_features = self.model.get_image_features(pixel_values)
 
         sentences = batch.sentences.gather(
@@ -533,7 +545,7 @@ class ContrastiveSupervision(ImageSupervision):
         prompts = self.model.get_prompt_features(self.text_ids[self.statements.flatten()])
         positive, negative = prompts.unflatten(0, self.statements.shape)
         pooled = soft_roi_pool(image_features.patch_features, batch.anatomy_boxes)
-        observed = batch.anatomy_present[..., None].expand_as(batch.anatomy_labels)
+        observed = batch.anatomy_present[..., None] & batch.has_anatomy_labels[:, None]
         temperature = self.logit_scale[2].clamp(max=4.6052).neg().exp()
         return statement_loss(pooled, positive, negative, batch.anatomy_labels, observed, temperature)
 
@@ -601,7 +613,7 @@ class GeneratorSupervision(Supervision):
         self.feature_dropout = nn.Dropout(feature_dropout)
         self.max_copies = max_copies
 
-    def forward(self, batch: Tensor, seed: int) -> dict[str, Tensor]:
+    def forward(self, batch: Tensor, seed: int, epoch: int = 0) -> dict[str, Tensor]:
         copies = int(torch.randint(1, self.max_copies + 1, (1,), generator=self.generators(seed)[0]))
         features = self.feature_dropout(self.text_features[batch][:, None].repeat(1, copies, 1))
         loss = sentence_loss(self.model, features, self.text_ids[batch], self.text_mask[batch])

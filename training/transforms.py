@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,112 +19,138 @@ MIN_VISIBLE_SHARE = 0.1
 @dataclass
 class GeometricTransform:
     """
-    Affine maps of normalised image coordinates, one for each image of a batch.
+    A crop with perhaps a mirror, then an affine map of what was cropped, one of each for every image of a batch. Both
+    are affine maps `A x + b` of coordinates in [0, 1], from output to input, as resampling needs them.
 
     Attributes:
-        matrix (`Tensor` of shape `(N, 2, 3)`): Output to input, as `grid_sample` wants it, but for coordinates in
-            [0, 1] instead of [-1, 1].
+        crop (`Tensor` of shape `(N, 2, 3)`): From the cropped image to the input; its linear part is diagonal.
+        affine (`Tensor` of shape `(N, 2, 3)`): From the output to the cropped image.
     """
 
-    matrix: Tensor
+    crop: Tensor
+    affine: Tensor
 
-    def images(self, images: Tensor) -> Tensor:
-        """Resamples images (N, 1, H, W) bilinearly; what lies outside is 0."""
-        linear, shift = self.matrix[..., :2], self.matrix[..., 2]
-        centred = 2 * (shift + linear.sum(-1) / 2) - 1  # the same map in [-1, 1] coordinates
-        grid = F.affine_grid(torch.cat([linear, centred[..., None]], -1), list(images.shape), align_corners=False)
-        return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    @property
+    def mirrored(self) -> Tensor:
+        """Which images (N,) are mirrored."""
+        return self.crop[:, 0, 0] < 0
+
+    def to(self, device: torch.device) -> "GeometricTransform":
+        return GeometricTransform(self.crop.to(device), self.affine.to(device))
+
+    def images(self, images: Tensor, side: int | None = None) -> Tensor:
+        """
+        Resamples images (N, 1, H, W) bilinearly to (N, 1, H, W) or (N, 1, side, side). What lies outside of the image
+        or of the crop is 0: the affine map sees no more than the crop, as if the crop had been made before.
+        """
+        size = [*images.shape[:2], *(images.shape[2:] if side is None else (side, side))]
+        inner = F.affine_grid(_centred(self.affine), size, align_corners=False)  # of the crop, in [-1, 1]
+        crop = _centred(self.crop)
+        grid = inner * crop[:, None, None, [0, 1], [0, 1]] + crop[:, None, None, :, 2]
+        resampled = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        return resampled * (inner.abs().amax(-1) <= 1)[:, None]
 
     def boxes(self, boxes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """
-        Moves boxes (N, ..., 4), normalised cxcywh, and clips them to the image; a rotated box becomes the hull of its
-        corners. Returns the boxes and the mask (N, ...) of those of which at least a tenth remains.
+        Moves boxes (N, ..., 4), normalised cxcywh; a rotated box becomes the hull of its corners. After the crop and
+        after the affine map boxes are clipped, and those of which less than a tenth remains are dropped.
+
+        Returns:
+            The boxes, zeros where dropped or not in the mask, and the mask (N, ...) of those that are left.
         """
-        linear, shift = self.matrix[..., :2], self.matrix[..., 2]
-        inverse = torch.linalg.inv(linear)
-        corners = center_to_corners_format(boxes).flatten(1, -2)  # (N, K, 4)
-        points = corners[..., [0, 1, 2, 1, 0, 3, 2, 3]].unflatten(-1, (4, 2)).flatten(1, 2)  # (N, 4K, 2)
-        points = ((points - shift[:, None]) @ inverse.mT).unflatten(1, (-1, 4))
-        moved = torch.cat([points.amin(2), points.amax(2)], -1)
-        clipped = moved.clamp(0, 1)
-        area, visible = ((box[..., 2:] - box[..., :2]).prod(-1) for box in (moved, clipped))
-        kept = (visible > 1e-6) & (visible >= MIN_VISIBLE_SHARE * area)
-        kept = kept.view(mask.shape) & mask
-        return corners_to_center_format(clipped).view(boxes.shape) * kept[..., None], kept
+        corners, kept = center_to_corners_format(boxes).flatten(1, -2), mask.flatten(1)  # (N, K, 4)
+        for matrix in (self.crop, self.affine):
+            inverse = torch.linalg.inv(matrix[..., :2])
+            points = corners[..., [0, 1, 2, 1, 0, 3, 2, 3]].unflatten(-1, (4, 2)).flatten(1, 2)  # (N, 4K, 2)
+            points = ((points - matrix[:, None, :, 2]) @ inverse.mT).unflatten(1, (-1, 4))
+            moved = torch.cat([points.amin(2), points.amax(2)], -1)
+            corners = moved.clamp(0, 1)
+            area, visible = ((box[..., 2:] - box[..., :2]).prod(-1) for box in (moved, corners))
+            kept = kept & (visible > 1e-6) & (visible >= MIN_VISIBLE_SHARE * area)
+        return (corners_to_center_format(corners) * kept[..., None]).view(boxes.shape), kept.view(mask.shape)
+
+
+def _centred(matrix: Tensor) -> Tensor:
+    """Affine maps (N, 2, 3) of coordinates in [0, 1] for coordinates in [-1, 1]."""
+    linear, shift = matrix[..., :2], matrix[..., 2]
+    return torch.cat([linear, (2 * shift + linear.sum(-1) - 1)[..., None]], -1)
 
 
 class Augmentation:
     """
     Random resized crop, mirror, affine map, brightness and contrast, blur, with the official ranges.
 
-    Crop, mirror and affine map are composed into one matrix and the image is resampled once, where the official
-    pipeline resamples after every step.
+    What happens to an image depends on (seed, epoch, index of the image) alone, wherever and beside whichever others
+    it is processed. Crop, mirror and affine map take one resampling; the official pipeline resamples in every step.
     """
 
-    def __init__(self, config: AugmentationConfig):
-        self.config = config
+    CROP_TRIES = 10
+    NUM_DRAWS = 2 * CROP_TRIES + 14
 
-    def sample(self, count: int, generator: torch.Generator) -> GeometricTransform:
-        """Draws the maps of `count` images."""
-        config = self.config
+    def __init__(self, config: AugmentationConfig, seed: int = 0):
+        self.config, self.seed = config, seed
 
-        def uniform(low: float, high: float) -> Tensor:
-            return low + (high - low) * torch.rand(count, generator=generator)
+    def draws(self, index: Tensor, epoch: int = 0) -> Tensor:
+        """Uniform numbers in [0, 1) (N, `NUM_DRAWS`), float32 on the CPU, for the images with these numbers (N,)."""
+        rows = [np.random.default_rng([self.seed, epoch, number]).random(self.NUM_DRAWS) for number in index.tolist()]
+        return torch.from_numpy(np.array(rows, dtype=np.float32).reshape(-1, self.NUM_DRAWS))
 
-        area = uniform(*config.crop_area)
-        aspect = uniform(math.log(config.crop_aspect[0]), math.log(config.crop_aspect[1])).exp()
-        width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-        left, top = uniform(0, 1) * (1 - width), uniform(0, 1) * (1 - height)
-        mirrored = torch.rand(count, generator=generator) < config.flip_probability
+    def geometry(self, draws: Tensor) -> GeometricTransform:
+        """The maps of images with these draws (N, `NUM_DRAWS`)."""
+        config, tries, draws = self.config, draws[:, : 2 * self.CROP_TRIES], draws[:, 2 * self.CROP_TRIES :]
+        area = _scaled(tries[:, : self.CROP_TRIES], config.crop_area)
+        aspect = _scaled(tries[:, self.CROP_TRIES :], tuple(map(math.log, config.crop_aspect))).exp()
+        sizes = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], -1)  # (N, tries, 2)
+        # the first crop that fits; if there is none, the whole image, whose aspect of 1 is allowed
+        fits = (sizes <= 1).all(-1)
+        first = fits.to(torch.uint8).argmax(1)
+        size = sizes[torch.arange(len(sizes)), first].where(fits.any(1, keepdim=True), torch.ones(1))
+        origin = draws[:, 0:2] * (1 - size)
+        mirrored = draws[:, 2] < (config.flip_probability if config.flip != "off" else 0.0)
+        origin[:, 0] += size[:, 0] * mirrored
+        size[:, 0] *= 1 - 2.0 * mirrored
+        crop = torch.cat([torch.diag_embed(size), origin[..., None]], -1)
 
-        angle = torch.deg2rad(uniform(-config.rotation, config.rotation))
-        scale_x, scale_y = uniform(*config.scale), uniform(*config.scale)
-        shift_x, shift_y = (uniform(-config.translation, config.translation) for _ in range(2))
-        # forward: scale about the centre, rotate, shift; its inverse takes output to the cropped image
+        angle = torch.deg2rad(_scaled(draws[:, 3], (-config.rotation, config.rotation)))
+        scale = _scaled(draws[:, 4:6], config.scale)
+        shift = _scaled(draws[:, 6:8], (-config.translation, config.translation))
         cos, sin = angle.cos(), angle.sin()
-        forward = torch.stack(
-            [torch.stack([cos * scale_x, -sin * scale_y], -1), torch.stack([sin * scale_x, cos * scale_y], -1)], -2
-        )
-        linear = torch.linalg.inv(forward)
-        centre = torch.full((count, 2), 0.5)
-        offset = centre - (linear @ (centre + torch.stack([shift_x, shift_y], -1))[..., None]).squeeze(-1)
+        # forward: scale about the centre, rotate, shift; its inverse takes output to the cropped image
+        rotation = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
+        linear = torch.linalg.inv(rotation * scale[:, None, :])
+        offset = 0.5 - (linear @ (0.5 + shift)[..., None]).squeeze(-1)
+        return GeometricTransform(crop, torch.cat([linear, offset[..., None]], -1))
 
-        size = torch.stack([torch.where(mirrored, -width, width), height], -1)
-        origin = torch.stack([torch.where(mirrored, left + width, left), top], -1)
-        return GeometricTransform(torch.cat([size[..., None] * linear, (origin + size * offset)[..., None]], -1))
-
-    def intensity(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def intensity(self, images: Tensor, draws: Tensor) -> Tensor:
         """Brightness and contrast factors in random order, clipped to [0, 1], then blur; images (N, 1, H, W)."""
-        config, count = self.config, images.shape[0]
+        config = self.config
+        draws = draws[:, 2 * self.CROP_TRIES + 8 :]
+        on_device = draws.to(images)[..., None, None, None]
+        brightness = _scaled(on_device[:, 0], (1 - config.brightness, 1 + config.brightness))
+        contrast = _scaled(on_device[:, 1], (1 - config.contrast, 1 + config.contrast))
+        brighter_first = on_device[:, 2] < 0.5
 
-        def factor(extent: float) -> Tensor:
-            return (1 - extent + 2 * extent * torch.rand(count, 1, 1, 1, generator=generator)).to(images.device)
+        images = torch.where(brighter_first, (images * brightness).clamp(0, 1), images)
+        mean = images.mean(dim=(-2, -1), keepdim=True)
+        images = (mean + (images - mean) * contrast).clamp(0, 1)
+        images = torch.where(brighter_first, images, (images * brightness).clamp(0, 1))
 
-        def brighten(values: Tensor) -> Tensor:
-            return (values * brightness).clamp(0, 1)
-
-        def stretch(values: Tensor) -> Tensor:
-            mean = values.mean(dim=(-2, -1), keepdim=True)
-            return (mean + (values - mean) * contrast).clamp(0, 1)
-
-        brightness, contrast = factor(config.brightness), factor(config.contrast)
-        steps = [brighten, stretch]
-        if torch.rand(1, generator=generator) < 0.5:
-            steps.reverse()
-        for step in steps:
-            images = step(images)
-        blurred = torch.rand(count, generator=generator) < config.blur_probability
-        sigma = config.blur_sigma[0] + (config.blur_sigma[1] - config.blur_sigma[0]) * torch.rand(
-            count, generator=generator
-        )
+        sigma = _scaled(draws[:, 4], config.blur_sigma)
         # As officially, the kernel has 3 pixels (50 %), 1, which is no blur (25 %), or what sigma asks for (25 %).
-        kind = torch.rand(count, generator=generator)
+        kind = draws[:, 5]
         reach = torch.where(kind < 0.5, 1.0, math.inf)
-        blurred &= kind < 0.75
-        if blurred.any():
-            images = images.clone()
-            images[blurred] = gaussian_blur(images[blurred], sigma[blurred], reach[blurred])
+        blurred = (draws[:, 3] < config.blur_probability) & (kind < 0.75)
+        for wide in (False, True):  # apart, since every kernel is as wide as the widest of its group
+            group = (blurred & (reach.isinf() if wide else ~reach.isinf())).nonzero().squeeze(1)
+            if len(group):
+                chosen = group.to(images.device)
+                images[chosen] = gaussian_blur(images[chosen], sigma[group], reach[group])
         return images
+
+
+def _scaled(draws: Tensor, limits: tuple[float, float]) -> Tensor:
+    low, high = limits
+    return low + (high - low) * draws
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, reach: Tensor | None = None) -> Tensor:

@@ -107,7 +107,9 @@ class EvaluationContext:
                 with self.timed("images"):
                     records = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
                     inputs = self.processor(images=[record["image"] for record in records], return_tensors="pt")
-                    frames = inputs["image_frames"].tolist()
+                    # boxes are in pixels of the original image, of which the record may hold a smaller copy
+                    frame = self.processor.image_processor.frame
+                    frames = [frame(record["height"], record["width"]) for record in records]
                     targets = [read_targets(r, frame) for r, frame in zip(records, frames, strict=True)]
                     image_features = self.model.get_image_features(inputs["pixel_values"].to(self.device))
                 yield Batch(image_features, targets)

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from evaluation.metrics.box_iou.box_iou import pairwise_iou
-from processing_chex.prompt_sets import class_prompts
+from processing_chex.prompt_sets import class_prompts, find_class_set
+from training.data.record import record_classes
 
 from .base import Batch, EvaluationContext, Labeler
 from .detection import DetectionSettings, FindingDetection
-from .records import category_names, find_class_set
 from .report import ReportGeneration
 
 
@@ -51,7 +51,7 @@ def explain_examples(
     context = EvaluationContext(
         model,
         processor,
-        class_prompts(class_set or find_class_set(category_names(dataset))),
+        class_prompts(class_set or find_class_set(record_classes(dataset.features))),
         labeler,
         progress=False,
     )
@@ -60,8 +60,9 @@ def explain_examples(
     try:
         rows = dataset.select(list(indices))
         (batch,) = context.batches(rows, max(1, len(rows)), "explain")
-        frames = [processor.image_processor.frame(row["height"], row["width"]) for row in rows.remove_columns("image")]
         images = [row["image"] for row in rows]
+        # of the images that are shown, which may be smaller than the original ones
+        frames = [processor.image_processor.frame(image.height, image.width) for image in images]
         detections = _detections(context, batch, images, frames, settings, threshold)
         if not context.can_generate:
             return [], detections

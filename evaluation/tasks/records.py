@@ -9,12 +9,9 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 
-from processing_chex.prompt_sets import class_prompts
-
 
 # A target that keeps less of its area after the crop is dropped (evaluation protocol of the paper).
 MIN_VISIBLE_SHARE = 0.1
-CLASS_SETS = ("phantom", "mscxr", "nih8", "vindr15", "vindr", "cig", "chexpert")
 
 
 @dataclass(slots=True)
@@ -86,23 +83,3 @@ def iterate_targets(dataset: datasets.Dataset, image_processor: object) -> Itera
     """Targets of a split without decoding its images; `image_processor` has the method `frame(height, width)`."""
     for record in dataset.remove_columns("image"):
         yield read_targets(record, image_processor.frame(record["height"], record["width"]))
-
-
-def category_names(dataset: datasets.Dataset) -> list[str]:
-    """Names of the finding classes of a split, in index order."""
-    return list(dataset.features["objects"].feature["category"].names)
-
-
-def find_class_set(names: Sequence[str]) -> str:
-    """The prompt set whose classes are `names`.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    for candidate in CLASS_SETS:
-        if list(class_prompts(candidate).names) == list(names):
-            return candidate
-    raise ValueError(
-        f"No prompt set has the finding classes {list(names)} of this data set. Known sets: {', '.join(CLASS_SETS)}; "
-        "name one with `class_set` if its classes agree in number and order."
-    )

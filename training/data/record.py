@@ -53,9 +53,12 @@ def record_features(classes: Sequence[str]) -> datasets.Features:
     )
 
 
+_COLUMNS = tuple(record_features(["none"]))
+
+
 def empty_record(**known: object) -> dict:
     """A record with the given columns, in which nothing else is annotated."""
-    record = dict.fromkeys(record_features(["none"])) | {"view": -1}
+    record = dict.fromkeys(_COLUMNS) | {"view": -1}
     if unknown := set(known) - set(record):
         raise ValueError(f"The common record has no columns {sorted(unknown)}.")
     return record | known
