@@ -10,6 +10,22 @@ from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 
+def check_block(config: PreTrainedConfig, *rates: str) -> None:
+    """Raises `ValueError` for numbers of a decoder that no model can have."""
+    for name in ("num_layers", "num_attention_heads", "intermediate_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {getattr(config, name)}.")
+    check_rates(config, "dropout", "attention_dropout", *rates)
+    if not 0 <= config.drop_path < 1:
+        raise ValueError(f"`drop_path` must be at least 0 and less than 1, got {config.drop_path}.")
+
+
+def check_rates(config: PreTrainedConfig, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(config, name)}.")
+
+
 @strict
 class ChexDetectorConfig(PreTrainedConfig):
     r"""
@@ -52,6 +68,14 @@ class ChexDetectorConfig(PreTrainedConfig):
     presence_threshold: float | int = 0.5
     layer_norm_eps: float = 1e-5
 
+    def validate_architecture(self):
+        """Checks of the values, run by `@strict`."""
+        check_block(self, "roi_skip_probability", "roi_skip_dropout", "presence_threshold")
+        if self.num_regions < 1:
+            raise ValueError(f"`num_regions` must be at least 1, got {self.num_regions}.")
+        if not self.roi_beta > 0:
+            raise ValueError(f"`roi_beta` must be positive, got {self.roi_beta}.")
+
 
 @strict
 class ChexPostDecoderConfig(PreTrainedConfig):
@@ -79,6 +103,10 @@ class ChexPostDecoderConfig(PreTrainedConfig):
     layer_scale_init: float | int = 0.1
     region_drop: float | int = 0.1
     layer_norm_eps: float = 1e-5
+
+    def validate_architecture(self):
+        """Checks of the values, run by `@strict`."""
+        check_block(self, "region_drop")
 
 
 @strict
@@ -117,6 +145,14 @@ class ChexGeneratorConfig(GPT2Config):
         super().__post_init__(**kwargs)
         if self.pad_token_id is None:  # GPT-2 has one special token for start, end and padding
             self.pad_token_id = self.eos_token_id
+
+    def validate_architecture(self):
+        """Checks of the values, run by `@strict`."""
+        super().validate_architecture()
+        for name in ("n_layer", "n_head", "feature_size", "prefix_length", "prefix_hidden_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        check_rates(self, "prefix_dropout")
 
 
 @strict

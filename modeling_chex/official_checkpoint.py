@@ -1,6 +1,5 @@
 """Reads official checkpoints without running code from them, checks them, and writes their tensors as safetensors."""
 
-import contextlib
 import json
 import pickle
 import re
@@ -27,6 +26,7 @@ from .conversion import (
 
 
 CHUNK_SIZE = 2**24  # elements that are converted and written at a time
+SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 TIED_KEY = "sentence_generator.language_model.lm_head.weight"
 TIED_TO = "sentence_generator.language_model.transformer.wte.weight"
@@ -38,10 +38,13 @@ _PLACEHOLDER_NAMES = (
     *("numpy.dtype", "numpy.ndarray", "_codecs.encode"),
     *(f"numpy.dtypes.{kind}DType" for kind in ("Bool", "Int32", "Int64", "Float16", "Float32", "Float64")),
     *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "object", "slice", "str", "tuple")),
-    *("typing.Any", "datetime.datetime", "datetime.timedelta"),
+    *(f"builtins.{name}" for name in ("frozenset", "range")),
+    *("typing.Any", "argparse.Namespace", "types.SimpleNamespace", "uuid.UUID"),
+    *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
     *(f"pathlib.{name}" for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
-    *("omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig", "omegaconf.nodes.AnyNode"),
+    *("omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig"),
     *("omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata"),
+    *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "String", "Integer", "Float", "Boolean", "Enum", "Path")),
 )
 
 
@@ -61,6 +64,11 @@ class _Placeholder:
 def _plain_dict(*default_factory: Any) -> dict:
     """Stands for `collections.defaultdict`."""
     return {}
+
+
+def _plain_list(*content: Any) -> list:
+    """Stands for `collections.deque`."""
+    return []
 
 
 def find_official_checkpoint(source: Path) -> Path:
@@ -105,11 +113,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"The checkpoint {path} is empty (0 bytes): copy or download it again.")
     with path.open("rb") as file:
         is_archive = file.read(4) == b"PK\x03\x04"
-    if is_archive and not zipfile.is_zipfile(path):
-        raise CheckpointError(f"The checkpoint {path} is cut off: copy or download it again.")
+    if is_archive:
+        _check_archive(path)
     try:
         stand_ins = [(_Placeholder, name) for name in _PLACEHOLDER_NAMES]
-        stand_ins.append((_plain_dict, "collections.defaultdict"))
+        stand_ins += [(_plain_dict, "collections.defaultdict"), (_plain_list, "collections.deque")]
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(stand_ins):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except Exception as error:  # a damaged pickle can fail in any way
@@ -119,18 +127,46 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _reading_problem(path: Path, is_archive: bool, error: Exception) -> str:
-    if is_archive:
-        with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                return (
-                    f"{path} is a TorchScript program, which would have to be run to be read, so it is refused. Save "
-                    "its `state_dict()` with torch.save and convert that file."
+def _check_archive(path: Path) -> None:
+    """
+    Compares each part of a zip file with its checksum, which nothing else would do: tensors are read straight from
+    where they lie in the file.
+
+    Raises:
+        CheckpointError: The file is cut off, damaged or compressed, or a program.
+    """
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"The checkpoint {path} is cut off: copy or download it again.")
+    with zipfile.ZipFile(path) as archive:
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise CheckpointError(
+                f"{path} is a TorchScript program, which would have to be run to be read, so it is refused. Save its "
+                "`state_dict()` with torch.save and convert that file."
+            )
+        for part in archive.infolist():
+            if part.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(
+                    f"The checkpoint {path} was packed again with compression, which torch.save does not do: use the "
+                    "file as it was saved."
                 )
+            if part.CRC == 0:  # torch.save writes none if it was told so
+                continue
+            try:
+                with archive.open(part) as file:
+                    while file.read(2**20):
+                        pass
+            except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, UnicodeDecodeError) as error:
+                raise CheckpointError(
+                    f"The checkpoint {path} is damaged ({error}): copy or download it again."
+                ) from error
+
+
+def _reading_problem(path: Path, is_archive: bool, error: Exception) -> str:
     if unsafe := re.search(r"GLOBAL (\S+)", str(error)):
         return (
             f"{path} was refused: it asks for the Python object {unsafe.group(1)}, which could run code. Nothing of "
-            "it was run. Use a checkpoint from a source you trust that holds only tensors and plain values."
+            "it was run. If you trust its source, save `config_dict` and `state_dict` of it alone, with torch.save, "
+            "where the official code runs, and convert that file."
         )
     if isinstance(error, pickle.UnpicklingError) or not is_archive:
         return (
@@ -169,9 +205,9 @@ def read_official(
             f"{path} holds no image encoder and no prompt detector (its keys start with: "
             f"{_names({str(key).split('.')[0] for key in state_dict})}): convert the checkpoint of stage 1, 2 or 3."
         )
-    _check_tensors(path, state_dict)
+    state_dict = _checked(path, state_dict)
     config = config_from_official(config_dict, state_dict, generator_heads)
-    return config, _convert(path, state_dict, official_shapes(config)), config_dict
+    return config, _convert(path, state_dict, _expected_shapes(config)), config_dict
 
 
 def read_clip(path: Path) -> tuple[ChexConfig, dict[str, torch.Tensor]]:
@@ -189,11 +225,10 @@ def read_clip(path: Path) -> tuple[ChexConfig, dict[str, torch.Tensor]]:
             f"{path} is no CLIP state dict with a vision transformer: it has no visual.conv1.weight (it holds: "
             f"{_names(state_dict if isinstance(state_dict, dict) else checkpoint)})."
         )
-    state_dict = official_from_clip(state_dict)
-    _check_tensors(path, state_dict)
+    state_dict = _checked(path, official_from_clip({str(key): value for key, value in state_dict.items()}))
     config = config_from_clip(state_dict)
     encoders = ("img_encoder.", "txt_encoder.")
-    expected = {key: shape for key, shape in official_shapes(config).items() if key.startswith(encoders)}
+    expected = {key: shape for key, shape in _expected_shapes(config).items() if key.startswith(encoders)}
     return config, _convert(path, state_dict, expected)
 
 
@@ -202,21 +237,42 @@ def _names(keys: Any) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "nothing"
 
 
-def _check_tensors(path: Path, state_dict: Mapping[str, Any]) -> None:
-    wrong = [
-        str(key)
-        for key, value in state_dict.items()
-        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.dtype == torch.complex64
-    ]
+def _checked(path: Path, state_dict: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
+    """The state dict with normalised keys. Everything in it has to be an ordinary tensor of floating-point numbers."""
+    tensors = normalize_official_keys({str(key): value for key, value in state_dict.items()})
+    wrong = [f"{key} is {kind}" for key, value in tensors.items() if (kind := _unusual_kind(value)) is not None]
     if wrong:
-        raise CheckpointError(f"{len(wrong)} entries of the state dict in {path} are no tensors: {', '.join(wrong)}.")
+        raise CheckpointError(
+            f"{len(wrong)} entries of the state dict in {path} are no floating-point tensors: {', '.join(wrong)}."
+        )
+    return tensors
+
+
+def _unusual_kind(value: Any) -> str | None:
+    if not isinstance(value, torch.Tensor):
+        return f"a {type(value).__name__}"
+    if value.dtype not in SOURCE_DTYPES:
+        return f"of type {str(value.dtype).removeprefix('torch.')}"
+    if value.layout != torch.strided or value.is_meta:
+        return "sparse or without values"
+    return None
+
+
+def _expected_shapes(config: ChexConfig) -> dict[str, tuple[int, ...]]:
+    try:
+        return official_shapes(config)
+    except Exception as error:  # values of the configuration can be impossible in any way
+        raise CheckpointError(
+            f"The configuration in the checkpoint cannot be used: no model can be built from it "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]})."
+        ) from error
 
 
 def _convert(
     path: Path, state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]]
 ) -> dict[str, torch.Tensor]:
     """Compares all keys and shapes, then renames."""
-    shapes = {key: tuple(tensor.shape) for key, tensor in normalize_official_keys(state_dict).items()}
+    shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
     wrong_shape = [
         f"{key} is {shape} instead of {expected[key]}"
         for key, shape in shapes.items()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, GenerationConfig, GPT2Config
 
-from modeling_chex import ChexConfig, ChexModel, add_code
+from modeling_chex import ChexConfig, ChexGeneratorConfig, ChexModel, add_code
 from modeling_chex.conversion import CheckpointError
 from modeling_chex.official_checkpoint import (
     find_official_checkpoint,
@@ -69,7 +69,7 @@ def convert_official(
         clip_tokenizer: folder, Hub id or merges file; default: CLIP's from the Hub cache.
         generator_tokenizer: folder or Hub id; default: the one that the checkpoint names, from the Hub cache.
         generator_heads: attention heads of the language model, which the checkpoint does not hold. Default: from the
-            config.json of the language model, if it is there, or heads of width 64.
+            config.json of the language model, if it is there, or heads of width 64 (two in a tiny model).
         tokenizers: False writes model and image processor alone.
         overwrite: replace a model folder that is there.
 
@@ -78,15 +78,14 @@ def convert_official(
     """
     with _input_errors(), _new_folder(source, output, overwrite) as folder:
         checkpoint = find_official_checkpoint(source)
-        heads = generator_heads or _configured_heads(generator_tokenizer)
-        config, tensors, official = read_official(checkpoint, heads)
+        config, tensors, official = read_official(checkpoint, generator_heads)
         generator = config.generator_config
         decoder = official.get("txt_decoder") or {}
+        heads = generator_heads
         if generator is not None and heads is None:
-            heads = _configured_heads(decoder.get("language_model_url"), local_files_only=True)
-            if heads is not None:
-                config, tensors, official = read_official(checkpoint, heads)
-                generator = config.generator_config
+            heads = _configured_heads(generator_tokenizer, generator.n_embd)
+            heads = heads or _configured_heads(decoder.get("language_model_url"), generator.n_embd, cached=True)
+            generator.n_head = heads or generator.n_head  # no tensor depends on it
         image_processor = ChexImageProcessor(size=config.vision_config.image_size)
         if tokenizers:
             clip = load_clip_tokenizer(clip_tokenizer, config.text_config.vocab_size)
@@ -105,7 +104,7 @@ def convert_official(
             image_processor.save_pretrained(folder)
         _write_model(folder, config, tensors, dtype, max_shard_size, tokenizers)
         if generator is not None:
-            _generation_config(config, decoder.get("generation_kwargs") or {}).save_pretrained(folder)
+            _generation_config(generator, decoder.get("generation_kwargs") or {}).save_pretrained(folder)
         num_parameters = _count(tensors)
         card = official_card(config, checkpoint.name, num_parameters, dtype, with_tokenizers=tokenizers)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -157,15 +156,15 @@ def _missing(with_generator: bool) -> str:
     )
 
 
-def _configured_heads(source: str | None, local_files_only: bool = False) -> int | None:
-    """Attention heads of the GPT-2 at a folder or Hub id, None if its configuration is not there."""
+def _configured_heads(source: str | None, width: int, cached: bool = False) -> int | None:
+    """Attention heads of the GPT-2 of this width at a folder or Hub id, None if its configuration is not there."""
     if not isinstance(source, str):
         return None
     try:
-        config = AutoConfig.from_pretrained(source, local_files_only=local_files_only)
+        config = AutoConfig.from_pretrained(source, local_files_only=cached)
     except (OSError, ValueError):
         return None
-    return config.n_head if isinstance(config, GPT2Config) else None
+    return config.n_head if isinstance(config, GPT2Config) and config.n_embd == width else None
 
 
 def _write_model(
@@ -193,16 +192,20 @@ def _write_model(
     write_safetensors(folder, tensors, DTYPES[dtype], size.group())
 
 
-def _generation_config(config: ChexConfig, official: dict[str, Any]) -> GenerationConfig:
-    generator = config.generator_config
-    return GenerationConfig(
-        bos_token_id=generator.bos_token_id,
-        eos_token_id=generator.eos_token_id,
-        pad_token_id=generator.pad_token_id,
-        max_length=generator.max_generation_length,
-        do_sample=bool(official.get("do_sample", False)),
-        num_beams=int(official.get("num_beams", 1)),
-    )
+def _generation_config(generator: ChexGeneratorConfig, official: dict[str, Any]) -> GenerationConfig:
+    """What the official code passes to `generate`, as a file that `from_pretrained` reads."""
+    unknown = sorted(official.keys() - vars(GenerationConfig()).keys())
+    counts = [name for name in ("max_length", "num_beams") if not _is_count(official.get(name, 1))]
+    if unknown or counts:
+        values = ", ".join(f"{name} is {official[name]!r}" for name in unknown + counts)
+        raise CheckpointError(f"txt_decoder.generation_kwargs cannot be used for generation: {values}.")
+    values = {"max_length": generator.max_generation_length, "do_sample": False, "num_beams": 1} | official
+    tokens = {name: getattr(generator, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return GenerationConfig(**values | tokens)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @contextmanager

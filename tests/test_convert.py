@@ -1,13 +1,16 @@
 """`chex convert`: official numbers through converted folders, what is refused, and where training starts."""
 
+import argparse
 import builtins
 import collections
+import datetime
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -131,9 +134,10 @@ def golden_folder(golden, golden_info, merges, tmp_path_factory):
     folder = tmp_path_factory.mktemp("golden")
     source = write_official(folder / "official", official_golden(golden), golden_info["config"])
     options = ["--clip-tokenizer", merges, "--generator-tokenizer", GOLDEN_DIR / "gpt_tokenizer"]
-    options += ["--generator-heads", golden_info["sizes"]["lm_head"], "--max-shard-size", "2MB"]
+    options += ["--max-shard-size", "2MB"]
     result = chex("official", source, folder / "model", *options)
     assert result.exit_code == 0, result.stderr
+    assert f"{golden_info['sizes']['lm_head']} are assumed" in result.stdout
     return folder / "model"
 
 
@@ -262,6 +266,32 @@ def test_conversion_without_tokenizers(tmp_path):
     (tmp_path / "scan.png").touch()
     asked = CliRunner().invoke(app, ["explain", str(tmp_path / "scan.png"), "--model", str(tmp_path / "model")])
     assert asked.exit_code == 2 and "no processor_config.json" in asked.stderr
+
+
+def test_arguments_of_generation_are_kept(checkpoint, tmp_path):
+    generation = {"max_length": 14, "num_beams": 3, "use_cache": True, "no_repeat_ngram_size": 2}
+    decoder = checkpoint["config_dict"]["txt_decoder"] | {"generation_kwargs": generation}
+    config = checkpoint["config_dict"] | {"txt_decoder": decoder}
+    source = write_official(tmp_path / "official", checkpoint["state_dict"], config)
+    assert chex("official", source, tmp_path / "model", "--no-tokenizers").exit_code == 0
+    model = ChexModel.from_pretrained(tmp_path / "model")
+    for name, value in generation.items():
+        assert getattr(model.generation_config, name) == value
+    assert model.generation_config.do_sample is False
+
+
+def test_heads_come_from_a_language_model_of_the_same_width(tmp_path):
+    """Its configuration, beside its tokenizer, is believed if it can be that of the checkpoint."""
+    for width, heads, expected in ((32, 4, 4), (64, 4, 2)):
+        folder = tmp_path / str(width)
+        shutil.copytree(REFERENCE / "gpt_tokenizer", folder)
+        GPT2Config(vocab_size=300, n_embd=width, n_layer=1, n_head=heads).save_pretrained(folder)
+        options = ["--no-tokenizers", "--generator-tokenizer", folder]
+        result = chex("official", CHECKPOINT, tmp_path / f"model{width}", *options)
+        assert result.exit_code == 0, result.stderr
+        assert ("are assumed" in result.stdout) == (heads != expected)
+        config = ChexModel.from_pretrained(tmp_path / f"model{width}").config
+        assert config.generator_config.n_head == expected
 
 
 def test_conversion_is_repeatable_and_replaces_only_on_request(tmp_path):
@@ -394,6 +424,13 @@ def test_harmless_objects_in_results_are_skipped(checkpoint, tmp_path):
         "step": np.int64(5),
         "results": {"mAP": np.float64(0.5), "curve": np.arange(3.0), "path": Path("somewhere")},
         "best_results": collections.defaultdict(dict, a={"b": np.float32(1)}),
+        "experiment_config": {
+            "arguments": argparse.Namespace(seed=42, stages=frozenset({1, 2})),
+            "started": datetime.datetime.now(datetime.UTC),
+            "day": datetime.date(2024, 1, 1),
+            "last": collections.deque([0.1, 0.2], maxlen=5),
+            "steps": range(3),
+        },
     }
     source = write_official(tmp_path / "official", checkpoint["state_dict"], checkpoint["config_dict"], **extras)
     result = chex("official", source, tmp_path / "model", "--no-tokenizers")
@@ -423,6 +460,77 @@ def test_files_that_are_no_checkpoint(checkpoint, tmp_path):
     assert_refused(tmp_path / "list.pth", tmp_path, "a list")
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "program.pt")
     assert_refused(tmp_path / "program.pt", tmp_path, "TorchScript")
+
+
+def test_damage_inside_of_a_file(checkpoint, tmp_path):
+    """Tensors are read where they lie, so neither one wrong bit nor compression would be noticed by reading."""
+    torch.save(checkpoint, tmp_path / "bit.pth")
+    content = bytearray((tmp_path / "bit.pth").read_bytes())
+    content[len(content) // 2] ^= 0x40
+    (tmp_path / "bit.pth").write_bytes(content)
+    assert_refused(tmp_path / "bit.pth", tmp_path, "bit.pth is damaged", "Bad CRC-32")
+    with (
+        zipfile.ZipFile(CHECKPOINT) as source,
+        zipfile.ZipFile(tmp_path / "small.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for part in source.infolist():
+            packed.writestr(part.filename, source.read(part))
+    assert_refused(tmp_path / "small.pth", tmp_path, "compression")
+
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(checkpoint, tmp_path / "unchecked.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert chex("official", tmp_path / "unchecked.pth", tmp_path / "model", "--no-tokenizers").exit_code == 0
+
+
+def test_tensors_of_another_kind(checkpoint, tmp_path):
+    state = checkpoint["state_dict"]
+    key, other = "detector.multiregion_tokens", "txt_encoder.ln_final.bias"
+    changes = {
+        "int": ({key: state[key].int()}, [f"{key} is of type int32"]),
+        "two": ({key: state[key].bool(), other: None}, [f"{key} is of type bool", f"{other} is a NoneType"]),
+        "complex": ({key: state[key].to(torch.complex128)}, [f"{key} is of type complex128"]),
+        "sparse": ({key: state[key].to_sparse()}, [f"{key} is sparse or without values"]),
+        "meta": ({key: state[key].to("meta")}, [f"{key} is sparse or without values"]),
+        "number": ({7: state[key]}, ["1 unknown: 7"]),
+        "twice": ({"txt_decoder.prefix_proj.layers.2.bias": state[key]}, ["txt_decoder.prefix_proj.layers.2.bias"]),
+    }
+    for name, (change, phrases) in changes.items():
+        path = tmp_path / f"{name}.pth"
+        torch.save(dict(checkpoint) | {"state_dict": dict(state) | change}, path)
+        assert_refused(path, tmp_path, *phrases)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        tied = {tensor.data_ptr(): tensor.to(dtype) for tensor in state.values()}
+        source = {"state_dict": {name: tied[tensor.data_ptr()] for name, tensor in state.items()}}
+        torch.save(dict(checkpoint) | source, tmp_path / "other.pth")
+        assert chex("official", tmp_path / "other.pth", tmp_path / str(dtype), "--no-tokenizers").exit_code == 0
+        written = load_file(tmp_path / str(dtype) / "model.safetensors")
+        assert torch.equal(written["detector.region_tokens"], state[key].to(dtype).float())
+
+
+@pytest.mark.parametrize(
+    ("changes", "phrase"),
+    [
+        ({"act": "no activation"}, "no activation"),
+        ({"dropout": 5.0}, "`dropout` must lie between 0 and 1"),
+        ({"droppath_prob": 1.0}, "`drop_path` must be at least 0 and less than 1"),
+        ({"n_head": 0}, "`num_attention_heads` must be at least 1"),
+        ({"d_model": 48}, "d_model is 48, but they are 32 wide"),
+        ({"detector": {"multiregions": 4}}, "detector.multiregion_tokens is (3, 32) instead of (4, 32)"),
+        ({"detector": {"soft_roi_beta": -1.0}}, "`roi_beta` must be positive"),
+        ({"txt_decoder": {"prefix_length_factor": -5}}, "`prefix_length` must be at least 1"),
+        ({"txt_decoder": {"generation_kwargs": {"num_beams": 0}}}, "num_beams is 0"),
+        ({"txt_decoder": {"generation_kwargs": {"beam": 3}}}, "beam is 3"),
+    ],
+)
+def test_impossible_settings(checkpoint, tmp_path, changes, phrase):
+    config = dict(checkpoint["config_dict"])
+    for name, value in changes.items():
+        config[name] = config[name] | value if isinstance(value, dict) else value
+    torch.save(dict(checkpoint) | {"config_dict": config}, tmp_path / "checkpoint.pth")
+    assert_refused(tmp_path / "checkpoint.pth", tmp_path, phrase)
 
 
 def test_all_wrong_keys_are_listed(checkpoint, tmp_path):
@@ -514,7 +622,7 @@ def test_contents_that_do_not_belong(checkpoint, tmp_path):
         "heads": (state, config | {"n_head": 5}, {}, "multiple of the 5 attention heads"),
         "strange": (state, config | {"n_head": "two"}, {}, "cannot be used"),
         "endless": (state, config | {"n_post_decoder_layers": 10**9}, {}, "1000000000 blocks"),
-        "no tensor": (dict(state) | {"post_decoder.gate": [1.0]}, config, {}, "no tensors: post_decoder.gate"),
+        "no tensor": (dict(state) | {"post_decoder.gate": [1.0]}, config, {}, "post_decoder.gate is a list"),
         "no config": (state, None, {}, "lacks config_dict"),
     }
     for name, (state_dict, config_dict, others, phrase) in cases.items():
