@@ -129,6 +129,14 @@ def test_variants_of_the_table_of_labels_are_read(tmp_path, header, end):
     assert items["00099991_002"]["view"] == 1
 
 
+def test_of_two_tables_of_labels_the_later_release_is_read(tmp_path):
+    root = write_nih(tmp_path / "nih", images=False)
+    write_nih(
+        root, entries=[line.replace("Pneumonia", "Hernia") for line in ENTRIES], entry_name="Data_Entry_2017.csv"
+    )
+    assert all_items(build(root, tmp_path))["00099994_000"]["labels"] == [0, 0, 0, 0, 0, 0, 1, 0]
+
+
 @pytest.mark.parametrize("header", [BOX_HEADER, BOX_HEADER.rstrip(","), f"\ufeff{BOX_HEADER}"])
 def test_variants_of_the_header_of_boxes_are_read(tmp_path, header):
     root = write_nih(tmp_path / "nih", images=False)

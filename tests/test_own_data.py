@@ -171,6 +171,14 @@ def test_classes_are_those_that_occur_sorted(folder):
     assert OwnData.CLASSES == ()
 
 
+def test_labels_without_any_class_are_not_annotated(folder):
+    rows = build(write(folder, [{"image": "scans/a.png", "class_labels": [], "anatomy_labels": {"spine": []}}]))[
+        "train"
+    ]
+    assert record_classes(rows.features) == []
+    assert (rows[0]["class_labels"], rows[0]["anatomy_labels"]) == (None, None)
+
+
 @pytest.mark.parametrize(("name", "text"), [("classes.json", '["b", "a"]'), ("classes.txt", "b\n\n a \n")])
 def test_classes_of_a_file_keep_their_order(folder, name, text):
     (folder / name).write_text(text, encoding="utf-8")
