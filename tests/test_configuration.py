@@ -201,7 +201,7 @@ def test_overrides(tmp_path):
         ),
         ("objectives.mode=Official", "mode must be one of 'corrected', 'official', not 'Official'"),
         ("objectives.multi_anatomies=1", "multi_anatomies must be of type bool, not 1"),
-        ("mixed_precision=half", "mixed_precision must be one of 'no', 'fp16', 'bf16', not 'half'"),
+        ("mixed_precision=half", "mixed_precision must be one of 'no', 'fp16', 'bf16', 'auto', not 'half'"),
         ("augmentation.crop_area=[1]", "crop_area must be a list of 2, not [1]"),
         ("augmentation.crop_area=0.5", "crop_area must be a list of 2, not 0.5"),
         ("augmentation.crop_area=[a, b]", "crop_area must be of type float, not 'a'"),

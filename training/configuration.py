@@ -156,7 +156,7 @@ class StageConfig:
     prompt_vocab_size: int = 1024
     generator_vocab_size: int = 1024
     seed: int = 42
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] = "no"  # auto: bf16 where the hardware is faster with it
     attn_implementation: str | None = None
     num_workers: int = 0
     data: DataConfig = field(default_factory=DataConfig)

@@ -197,6 +197,16 @@ def learning_rate_factor(update: int, total: int, config: OptimizationConfig) ->
     return floor + 0.5 * (1 - floor) * (1 + math.cos(math.pi * min(update / total, 1)))
 
 
+def choose_precision(mixed_precision: str) -> str:
+    """Resolves "auto": bfloat16 where the hardware multiplies it (CPUs with AVX-512 BF16 or AMX, most GPUs)."""
+    if mixed_precision != "auto":
+        return mixed_precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
+
+
 def parse_arguments(stage: str, argv: Sequence[str] | None, description: str) -> tuple[StageConfig, bool]:
     """Command line of a stage script: a configuration file and dotted overrides."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -247,7 +257,7 @@ def run_stage(config: StageConfig, build: Callable[[StageConfig], StageParts], o
 
     accelerator = Accelerator(
         gradient_accumulation_steps=config.optimization.gradient_accumulation_steps,
-        mixed_precision=config.mixed_precision,
+        mixed_precision=choose_precision(config.mixed_precision),
         log_with=list(config.tracking.trackers) or None,
         project_dir=str(output_dir),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
@@ -473,6 +483,7 @@ def _newest_checkpoint(output_dir: Path) -> Path | None:
 __all__ = [
     "StageParts",
     "TrainingData",
+    "choose_precision",
     "learning_rate_factor",
     "load_data",
     "load_stage_model",

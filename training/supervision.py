@@ -33,6 +33,7 @@ from training.objectives import (
     subsample_classes,
     weighted_sum,
 )
+from training.objectives.reduction import full_precision
 from training.transforms import Augmentation
 
 
@@ -572,15 +573,21 @@ class ContrastiveSupervision(ImageSupervision):
         if len(texts) == 0:
             return features.sum() * 0.0
         text_features = self.model.get_prompt_features(self.text_ids[texts, : int(self.text_lengths[texts].max())])
-        scale = logit_scale.clamp(max=4.6052).exp()
-        logits = scale * F.normalize(features, dim=-1) @ F.normalize(text_features, dim=-1).mT
-        return (_multi_positive_loss(logits, positives) + _multi_positive_loss(logits.mT, positives.mT)) / 2
+        return _contrastive_loss(features, text_features, positives, logit_scale)
 
 
 def _random_order(mask: Tensor, generator: torch.Generator) -> Tensor:
     """Indices along the last axis in random order, the valid ones (bool mask of the same shape) first."""
     draws = torch.rand(mask.shape, generator=generator).to(mask.device)
     return draws.masked_fill(~mask, 2.0).argsort(-1)
+
+
+@full_precision
+def _contrastive_loss(features: Tensor, text_features: Tensor, positives: Tensor, logit_scale: Tensor) -> Tensor:
+    """Both directions between features (N, D) and text features (U, D), of which those in the mask (N, U) belong."""
+    scale = logit_scale.clamp(max=4.6052).exp()
+    logits = scale * F.normalize(features, dim=-1) @ F.normalize(text_features, dim=-1).mT
+    return (_multi_positive_loss(logits, positives) + _multi_positive_loss(logits.mT, positives.mT)) / 2
 
 
 def _multi_positive_loss(logits: Tensor, positives: Tensor) -> Tensor:
