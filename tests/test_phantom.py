@@ -18,7 +18,6 @@ from training.data import phantom
 from training.data.phantom import (
     PhantomChestXray,
     PhantomConfig,
-    contact_sheet,
     phantom_datasets,
     phantom_record,
     render_phantom,
@@ -501,16 +500,3 @@ def test_two_studies_of_a_person_share_the_body():
         render_phantom(SEED, index).class_labels.tolist() != render_phantom(SEED, index + 1).class_labels.tolist()
         for index in pairs[:6]
     )
-
-
-def test_contact_sheet():
-    samples = [render_phantom(SEED, index) for index in range(5)]
-    plain = contact_sheet(samples, columns=4)
-    assert plain.size == (4 * 132 + 4, 2 * 132 + 4)
-    for boxes in ("anatomy", "findings"):
-        marked = contact_sheet(samples, columns=4, boxes=boxes)
-        assert np.any(np.asarray(marked) != np.asarray(plain))
-    with pytest.raises(ValueError, match="findings"):
-        contact_sheet(samples, boxes="lungs")
-    with pytest.raises(ValueError, match="at least one"):
-        contact_sheet([])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from processing_chex.vocabulary import ANATOMY_NAMES, PHANTOM_CLASSES
 
@@ -391,55 +391,3 @@ def phantom_datasets(cache_dir: str | Path, num_proc: int | None = None, **confi
         logger.info("Building the phantom in %s.", builder.cache_dir)
     builder.download_and_prepare(num_proc=num_proc)
     return builder.as_dataset()
-
-
-_PALETTE = (
-    (255, 99, 71),
-    (80, 200, 120),
-    (80, 160, 255),
-    (255, 200, 60),
-    (220, 120, 255),
-    (0, 220, 220),
-    (255, 140, 200),
-    (180, 220, 80),
-)
-
-
-def contact_sheet(
-    samples: list[PhantomSample], columns: int = 4, boxes: str | None = None, scale: int = 1
-) -> Image.Image:
-    """Several studies on one sheet.
-
-    Args:
-        samples: Studies of one size.
-        columns: Images per row.
-        boxes: "anatomy", "findings" or None.
-        scale: Enlargement of the images, so that boxes and names are legible.
-
-    Raises:
-        ValueError: If there are no samples or `boxes` is none of the above.
-    """
-    if not samples:
-        raise ValueError("A contact sheet needs at least one sample.")
-    if boxes not in ("anatomy", "findings", None):
-        raise ValueError(f"boxes must be 'anatomy', 'findings' or None, got {boxes!r}.")
-    height, width = samples[0].image.shape
-    height, width = height * scale, width * scale
-    gap = 4
-    rows = -(-len(samples) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), (24, 24, 24))
-    for number, sample in enumerate(samples):
-        tile = Image.fromarray(sample.image).resize((width, height), Image.Resampling.BICUBIC).convert("RGB")
-        draw = ImageDraw.Draw(tile)
-        if boxes == "anatomy":
-            for region in np.flatnonzero(sample.anatomy_present):
-                colour = _PALETTE[region % len(_PALETTE)]
-                draw.rectangle((sample.anatomy_boxes[region] * scale).tolist(), outline=colour)
-        elif boxes == "findings":
-            for found in sample.objects:
-                colour = _PALETTE[_CLASS_INDEX[found.category]]
-                x0, y0, x1, y1 = (value * scale for value in found.box)
-                draw.rectangle((x0, y0, x1, y1), outline=colour)
-                draw.text((x0 + 2, y0 + 1), found.category, fill=colour)
-        sheet.paste(tile, (gap + (number % columns) * (width + gap), gap + (number // columns) * (height + gap)))
-    return sheet
