@@ -1,11 +1,13 @@
 """ChEX: interactive localisation and description of regions in chest X-rays (Müller et al., ECCV 2024)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import initialization as init
 from transformers.generation import GenerationConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPVisionModel
 from transformers.processing_utils import Unpack
@@ -170,7 +172,11 @@ class ChexModel(ChexPreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(N, 3, S, S)`): Normalised grey image, repeated to three channels.
         """
-        outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
+        if pixel_values.shape[0] > 0:
+            outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
+        else:  # which the vision model does not take
+            size = (0, self.vision_model.embeddings.num_positions, self.config.vision_config.hidden_size)
+            outputs = BaseModelOutputWithPooling(last_hidden_state=pixel_values.new_zeros(size, dtype=self.dtype))
         tokens = self.visual_projection(self.vision_model.post_layernorm(outputs.last_hidden_state))
         # Called rather than its weight read, which may be offloaded
         embeddings = self.vision_model.embeddings
@@ -233,7 +239,7 @@ class ChexModel(ChexPreTrainedModel):
     def encode_boxes(
         self,
         image_features: ChexImageFeatures,
-        boxes: torch.Tensor,
+        boxes: torch.Tensor | Sequence[torch.Tensor],
         box_mask: torch.BoolTensor | None = None,
         prompt_features: torch.Tensor | None = None,
         use_post_decoder: bool | None = None,
@@ -244,8 +250,10 @@ class ChexModel(ChexPreTrainedModel):
 
         Args:
             image_features ([`ChexImageFeatures`]): Of N images.
-            boxes (`torch.Tensor` of shape `(N, M, 4)`): Normalised cxcywh.
-            box_mask (`torch.BoolTensor` of shape `(N, M)`, *optional*): Valid boxes; features of others are zero.
+            boxes (`torch.Tensor` of shape `(N, M, 4)`): Normalised cxcywh; or a list of N tensors `(m, 4)`, of which
+                the longest has M boxes.
+            box_mask (`torch.BoolTensor` of shape `(N, M)`, *optional*): Valid boxes; features of others are zero. Not
+                with a list.
             prompt_features (`torch.Tensor` of shape `(N, M, D)`, *optional*): A text for each box. Its region tokens
                 are decoded, averaged, and averaged with the feature of the box.
             use_post_decoder (`bool`, *optional*): Defaults to whether the model has one.
@@ -254,6 +262,15 @@ class ChexModel(ChexPreTrainedModel):
             `torch.Tensor` of shape `(N, M, D)`.
         """
         patch_features = image_features.patch_features
+        if not isinstance(boxes, torch.Tensor):
+            if box_mask is not None or len(boxes) != len(patch_features):
+                raise ValueError(
+                    "A list of boxes has a tensor (m, 4) for each image and takes no `box_mask`, but there are "
+                    f"{len(boxes)} tensors for {len(patch_features)} images and "
+                    f"{'no' if box_mask is None else 'a'} `box_mask`."
+                )
+            box_mask = pad_sequence([own.new_ones(len(own), dtype=torch.bool) for own in boxes], batch_first=True)
+            boxes = pad_sequence(list(boxes), batch_first=True)
         box_mask = box_mask.bool() if box_mask is not None else None
         tokens = None
         if prompt_features is not None:

@@ -66,7 +66,8 @@ def soft_roi_weights(
         beta (`float` or `torch.Tensor` of shape `(...)`): Exponent.
         legacy (`bool`): Divide by the maximum plus 1e-12, as the official code does, so that a box which is far
             smaller than a patch and off all patch centres has an all-zero map. By default the maximum is taken off in
-            log space and such a box pools its nearest patch.
+            log space and such a box pools its nearest patch. A box of no size on a patch centre pools that patch in
+            both modes; officially it is not a number.
 
     Returns:
         The factors over rows `(..., height)` and columns `(..., width)` in float32; their outer product is the map.
@@ -79,7 +80,8 @@ def soft_roi_weights(
         grid = (torch.arange(size, device=boxes.device, dtype=boxes.dtype) + 0.5) / size
         distance = (grid - center[..., None]).abs()
         if legacy:
-            return torch.exp(-((distance / extent[..., None]) ** beta))
+            smallest = torch.finfo(boxes.dtype).tiny
+            return torch.exp(-((distance / extent[..., None].clamp_min(smallest)) ** beta))
         exponent = -((distance / extent[..., None].clamp_min(1e-4)) ** beta)
         return torch.exp(exponent - exponent.amax(dim=-1, keepdim=True))
 

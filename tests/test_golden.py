@@ -159,6 +159,8 @@ def test_encode_boxes(golden_model, golden, image_features, post):
         listed = torch.tensor([[True] * 4, [True, True, False, False]])
         features = golden_model.encode_boxes(image_features, boxes, listed, use_post_decoder=False)
         assert_close(features, golden["regions/list_post0"], POOLED_TOLERANCE)
+        features = golden_model.encode_boxes(image_features, [boxes[0], boxes[1, :2]], use_post_decoder=False)
+        assert_close(features, golden["regions/list_post0"], POOLED_TOLERANCE)
 
 
 def test_box_queries_equal_encoded_boxes(golden_model, golden, image_features):
@@ -202,6 +204,10 @@ def test_soft_roi_maps_agree_in_both_modes_but_for_underflow(golden):
     rows, columns = soft_roi_weights(tiny, 7, 7)
     assert torch.isfinite(rows).all()
     assert (rows[:, :, None] * columns[:, None]).amax((1, 2)).tolist() == [1.0, 1.0]
+    on_a_centre = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
+    for legacy in (False, True):
+        rows, columns = soft_roi_weights(on_a_centre, 7, 7, legacy=legacy)
+        assert torch.equal(rows[0, :, None] * columns[0], torch.eye(7)[3, :, None] * torch.eye(7)[3])
 
 
 @pytest.mark.parametrize(

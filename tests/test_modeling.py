@@ -643,6 +643,17 @@ def test_any_number_of_queries(either_model):
     assert either_model.encode_boxes(features, boxes[:, :0], prompt_features=torch.zeros(2, 0, 16)).shape == (2, 0, 16)
 
 
+@both_modes
+def test_no_images(either_model):
+    ids, _ = prompt_ids(2)
+    for queries, count in (({"input_ids": ids}, 2), ({"query_boxes": torch.zeros(0, 3, 4)}, 3)):
+        output = either_model(pixel_values=torch.zeros(0, 3, 32, 32), **queries)
+        for name in QUERY_FIELDS:
+            assert output[name].shape[:2] == (0, count)
+        assert output.image_features.patch_features.shape == (0, 4, 4, 16)
+        assert either_model.generate(image_features=output.image_features, **queries).shape == (0, count, 0)
+
+
 @torch.no_grad()
 def test_text_and_box_queries_share_the_query_axis(model):
     inputs, boxes = random_inputs(2, 4), random_boxes()
@@ -906,6 +917,18 @@ def test_user_errors(model):
         model(pixel_values=pixel_values, prompt_features=prompts, input_ids=prompt_ids(4)[0])
     with pytest.raises(ValueError, match="needs `pixel_values`, or `image_features`"):
         model(prompt_features=prompts)
+
+
+@both_modes
+def test_boxes_in_a_list(either_model):
+    image_features = either_model.get_image_features(torch.randn(3, 3, 32, 32))
+    boxes = torch.rand(3, 4, 4)
+    mask = torch.tensor([[True, True, True, True], [False] * 4, [True, False, False, False]])
+    listed = [own[valid] for own, valid in zip(boxes, mask, strict=True)]
+    expected = either_model.encode_boxes(image_features, boxes * mask[..., None], mask)
+    assert torch.equal(either_model.encode_boxes(image_features, listed), expected)
+    with pytest.raises(ValueError, match="2 tensors for 3 images"):
+        either_model.encode_boxes(image_features, listed[:2])
 
 
 def test_a_stage_1_model_has_no_post_decoder():
