@@ -23,6 +23,9 @@ import pytest
 from datasets.distributed import split_dataset_by_node
 
 from processing_chex.vocabulary import PHANTOM_CLASSES
+from tests.raw_trees.mimic import write_all
+from tests.raw_trees.nih import write_nih
+from tests.raw_trees.vindr import write_vindr
 from training.data import preparation
 from training.data.inspection import contact_sheet, inspect_prepared, inspect_raw, sample_records, spread
 from training.data.phantom import phantom_record
@@ -579,6 +582,25 @@ class TestOpening:
             open_prepared(tmp_path / "out")
         with pytest.raises(FileNotFoundError, match="no prepared folder"):
             open_prepared(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mimic-cxr", "chest-imagenome", "ms-cxr", "nih-cxr14", "vindr-cxr"])
+def test_real_formats_give_the_records_of_their_builders(name, tmp_path):
+    write = {"nih-cxr14": write_nih, "vindr-cxr": write_vindr}.get(name, write_all)
+    write(tmp_path / "raw")
+    prepare(name, tmp_path / "out", data_dir=tmp_path / "raw", num_proc=1, options={"missing": "skip"})
+    assert not rejected_rows(tmp_path / "out")
+    builder = source_class(name)(data_dir=str(tmp_path / "raw"), cache_dir=str(tmp_path / "cache"), missing="skip")
+    builder.download_and_prepare()
+    built, prepared = builder.as_dataset(), open_prepared(tmp_path / "out", cache_dir=tmp_path / "cache")
+    assert list(built) == list(prepared)
+    for split in built:
+        assert built[split].features == prepared[split].features
+        assert list(built[split].remove_columns("image")) == list(prepared[split].remove_columns("image"))
+        for original, image in zip(built[split]["image"], prepared[split]["image"], strict=True):
+            expected = shrink(np.asarray(original.convert("L")), 256)
+            assert np.array_equal(np.asarray(image), expected)
+    assert inspect_prepared(tmp_path / "out").splits[split].images == built[split].num_rows
 
 
 class TestInspection:

@@ -641,6 +641,8 @@ def _plain(value: object) -> object:
         return list(value)
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, bytes):
+        return value.hex()
     if value is None or isinstance(value, str | int | float | list | dict):
         return value
     raise TypeError(f"{type(value).__name__} cannot be part of an item or an option.")
