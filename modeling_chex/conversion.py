@@ -431,6 +431,11 @@ def official_from_clip(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torc
     }
 
 
+def clip_names(message: str) -> str:
+    """A message with the keys of an official ChEX, with those of CLIP instead."""
+    return message.replace("img_encoder.backbone.", "visual.").replace("txt_encoder.", "")
+
+
 def config_from_clip(state_dict: Mapping[str, torch.Tensor]) -> ChexConfig:
     """[`ChexConfig`] of a stage-1 model, with a detector as published, for encoders from `official_from_clip`."""
     shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
@@ -444,7 +449,9 @@ def config_from_clip(state_dict: Mapping[str, torch.Tensor]) -> ChexConfig:
             projection_dim=projection_dim,
         )
     except StrictDataclassError as error:
-        raise CheckpointError(f"The sizes of the encoders do not go with the detector of ChEX: {error}") from error
+        raise CheckpointError(
+            f"The sizes of the encoders do not go with the detector of ChEX: {error.__cause__ or error}"
+        ) from error
 
 
 def generator_from_gpt2(source: str, **config_overrides: Any) -> ChexSentenceGenerator:
@@ -483,6 +490,7 @@ def generator_from_gpt2(source: str, **config_overrides: Any) -> ChexSentenceGen
 
 __all__ = [
     "CheckpointError",
+    "clip_names",
     "config_from_clip",
     "config_from_official",
     "convert_official_state_dict",

@@ -3,7 +3,7 @@
 import re
 import secrets
 import shutil
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig, GPT2Config
 
 from modeling_chex import ChexConfig, ChexGeneratorConfig, ChexModel, add_code
-from modeling_chex.conversion import CheckpointError
+from modeling_chex.conversion import CheckpointError, clip_names
 from modeling_chex.official_checkpoint import (
     find_official_checkpoint,
     read_clip,
@@ -128,7 +128,7 @@ def convert_chexzero(
 
     Args and errors: as for `convert_official`; the source is a file.
     """
-    with _input_errors(), _new_folder(source, output, overwrite) as folder:
+    with _input_errors(clip_names), _new_folder(source, output, overwrite) as folder:
         if not source.is_file():
             raise ChexInputError(f"There is no file {source}: name the .pt file of a CLIP state dict.")
         config, tensors = read_clip(source)
@@ -209,11 +209,11 @@ def _is_count(value: Any) -> bool:
 
 
 @contextmanager
-def _input_errors() -> Generator[None, None, None]:
+def _input_errors(rewrite: Callable[[str], str] = str) -> Generator[None, None, None]:
     try:
         yield
     except CheckpointError as error:
-        raise ChexInputError(str(error)) from error
+        raise ChexInputError(rewrite(str(error))) from error
     except OSError as error:
         raise ChexInputError(f"The conversion stopped: {error}.") from error
 

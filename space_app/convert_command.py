@@ -94,7 +94,8 @@ def official(
             overwrite=overwrite,
         )
         print_conversion(conversion)
-        typer.echo(f"Next: chex explain scan.png --model {output}")
+        if conversion.missing is None:
+            typer.echo(f"Next: chex explain scan.png --model {output}")
 
 
 @convert_app.command("chexzero")

@@ -259,6 +259,7 @@ def test_conversion_without_tokenizers(tmp_path):
     result = chex("official", CHECKPOINT, tmp_path / "model", "--no-tokenizers")
     assert result.exit_code == 0
     assert "Missing: the CLIP tokenizer and the GPT-2 tokenizer in generator_tokenizer/" in result.stdout
+    assert "chex explain" not in result.stdout
     assert not list((tmp_path / "model").glob("*token*"))
     assert ChexImageProcessor.from_pretrained(tmp_path / "model").size.height == 64
     assert ChexModel.from_pretrained(tmp_path / "model").config.generator_config.eos_token_id == 299
@@ -714,11 +715,12 @@ def test_chexzero_in_half_precision(golden, tmp_path, wrapped):
 def test_files_that_are_no_clip(golden, checkpoint, tmp_path):
     state = clip_state_dict(golden)
     torch.save(state | {"visual.attnpool.k_proj.weight": torch.ones(2)}, tmp_path / "resnet.pt")
-    assert_refused(tmp_path / "resnet.pt", tmp_path, "1 unknown: img_encoder.backbone.attnpool", command="chexzero")
+    assert_refused(tmp_path / "resnet.pt", tmp_path, "1 unknown: visual.attnpool.k_proj.weight", command="chexzero")
     del state["ln_final.bias"], state["visual.proj"]
     torch.save(state, tmp_path / "part.pt")
-    message = assert_refused(tmp_path / "part.pt", tmp_path, "2 missing", command="chexzero")
-    assert "txt_encoder.ln_final.bias" in message
+    assert_refused(tmp_path / "part.pt", tmp_path, "2 missing: visual.proj, ln_final.bias", command="chexzero")
+    torch.save(clip_state_dict(golden) | {"visual.ln_pre.bias": torch.full((128,), torch.inf)}, tmp_path / "inf.pt")
+    assert_refused(tmp_path / "inf.pt", tmp_path, "infinite in float32: visual.ln_pre.bias", command="chexzero")
     assert_refused(CHECKPOINT, tmp_path, "no CLIP state dict", command="chexzero")
     assert_refused(tmp_path / "nowhere.pt", tmp_path, "There is no file", command="chexzero")
 
