@@ -43,12 +43,20 @@ class GeometricTransform:
         Resamples images (N, 1, H, W) bilinearly to (N, 1, H, W) or (N, 1, side, side). What lies outside of the image
         or of the crop is 0: the affine map sees no more than the crop, as if the crop had been made before.
         """
-        size = [*images.shape[:2], *(images.shape[2:] if side is None else (side, side))]
-        inner = F.affine_grid(_centred(self.affine), size, align_corners=False)  # of the crop, in [-1, 1]
-        crop = _centred(self.crop)
-        grid = inner * crop[:, None, None, [0, 1], [0, 1]] + crop[:, None, None, :, 2]
+        height, width = images.shape[2:] if side is None else (side, side)
+        # x and y in the crop, in [-1, 1]: sums of rows and columns, much faster than `affine_grid`
+        affine = _centred(self.affine)
+        columns, rows = (((torch.arange(n, device=images.device) + 0.5) * 2 / n - 1) for n in (width, height))
+        inner = [
+            (affine[:, axis, 0, None] * columns + affine[:, axis, 2, None])[:, None, :]
+            + (affine[:, axis, 1, None] * rows)[:, :, None]
+            for axis in (0, 1)
+        ]
+        inside = torch.maximum(inner[0].abs(), inner[1].abs()) <= 1
+        crop = _centred(self.crop)[..., None, None]
+        grid = torch.stack([crop[:, axis, axis] * inner[axis] + crop[:, axis, 2] for axis in (0, 1)], -1)
         resampled = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        return resampled * (inner.abs().amax(-1) <= 1)[:, None]
+        return resampled * inside[:, None]
 
     def boxes(self, boxes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """
