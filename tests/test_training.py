@@ -14,12 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 import training.loop as loop
 from modeling_chex import ChexConfig, ChexModel
 from processing_chex import ChexProcessor
 from training.configuration import CONFIG_DIR, OptimizationConfig, load_config
+from training.data.phantom import render_phantom
+from training.data.preparation import prepare
 from training.loop import learning_rate_factor, run_as_script, set_trainable
 
 
@@ -769,3 +772,92 @@ def test_every_annotated_region_teaches_the_statements(runs, workspace):
         assert statement_loss() != before
         batch.anatomy_labels[:, region] = ~batch.anatomy_labels[:, region]
     assert statement_loss() == before
+
+
+# --- several prepared data sets
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """The phantom at another size, and a folder of images with boxes of other classes and no texts."""
+    folder = tmp_path_factory.mktemp("prepared")
+    sizes = {"image_size": 80, "num_train": 16, "num_validation": 4, "num_test": 0}
+    prepare("phantom", folder / "phantom", size=72, num_proc=1, options=sizes)
+    (folder / "raw").mkdir()
+    rows = []
+    for number in range(8):
+        film = render_phantom(1, number, (96, 120)).image
+        Image.fromarray(film).save(folder / "raw" / f"{number}.png")
+        objects = [{"bbox": [20 + number, 30, 60, 70], "category": ("Clip", "Drain")[number % 2]}]
+        split = "train" if number < 6 else "validation"
+        rows.append({"image": f"{number}.png", "split": split, "objects": objects})
+    (folder / "raw" / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    prepare("own", folder / "own", data_dir=folder / "raw", size=72, num_proc=1)
+    return [{"folder": str(folder / "phantom")}, {"folder": str(folder / "own"), "balance": True}]
+
+
+def on_prepared(workspace, output_dir, subsets, *overrides):
+    given = ["data.dataset=prepared", f"data.subsets={json.dumps(subsets)}", "data.side=72", *overrides]
+    return arguments(workspace, "stage1", output_dir, *given)
+
+
+def test_training_on_several_prepared_data_sets(runs, workspace, prepared, tmp_path, caplog):
+    main = importlib.import_module("training.stage1").main
+    model_dir = main(on_prepared(workspace, tmp_path / "run", prepared, "augmentation.flip=consistent"))
+    assert "16 training images, 1 times an epoch" in caplog.text
+    assert "6 training images, 3 times an epoch" in caplog.text  # 16 / 6 = 2.67
+    entries = read_history(tmp_path / "run")
+    assert all(math.isfinite(entry["loss"]) for entry in entries)
+    for term in ("pathology_detection", "pathology_classification", "anatomy_detection", "sentence_contrastive"):
+        assert entries[0][term] > 0
+    caplog.clear()
+    assert main(on_prepared(workspace, tmp_path / "run", prepared, "augmentation.flip=consistent")) == model_dir
+    assert "reusing the finished run" in caplog.text
+
+
+def test_classes_and_images_of_prepared_data(runs, workspace, prepared, tmp_path):
+    options = on_prepared(workspace, tmp_path, prepared)[2:]
+    config = load_config(CONFIG_DIR / "phantom" / "stage1.yaml", options)
+    parts = importlib.import_module("training.stage1").build(config)
+    train = parts.train_data
+    assert len(train) == 16 + 3 * 6
+    assert parts.supervision.positives.names[-2:] == ("Clip", "Drain")
+    batch = train.__getitems__(range(14, 18))[0]
+    assert batch.images.shape == (4, 1, 72, 72)
+    assert batch.has_class_boxes.int().tolist() == [[1] * 8 + [0, 0]] * 2 + [[0] * 8 + [1, 1]] * 2
+    assert batch.has_sentences.tolist() == batch.has_anatomy_labels.any(1).tolist() == [True, True, False, False]
+    assert batch.class_box_mask[2, 8].sum() == batch.class_box_mask[3, 9].sum() == 1
+    # x from the central 96 pixels of 120: 20..60 becomes 8..48
+    torch.testing.assert_close(batch.class_boxes[2, 8, 0] * 96, torch.tensor([28.0, 50.0, 40.0, 40.0]))
+
+    # What is not annotated teaches nothing: other values behind the masks give the same losses.
+    supervision = parts.supervision.train()
+
+    def losses(batch):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return {name: value.item() for name, value in supervision(batch, seed=1, epoch=0).items()}
+
+    hidden = batch.replace(
+        class_labels=batch.class_labels ^ ~batch.has_class_labels,
+        anatomy_labels=batch.anatomy_labels ^ ~batch.has_anatomy_labels[:, None],
+    )
+    assert not torch.equal(hidden.class_labels, batch.class_labels)
+    assert losses(hidden) == losses(batch)
+    seen = batch.replace(class_labels=~batch.class_labels)
+    assert losses(seen)["pathology_classification"] != losses(batch)["pathology_classification"]
+
+
+def test_two_processes_train_on_prepared_data(runs, workspace, prepared, tmp_path):
+    argv = on_prepared(workspace, tmp_path, prepared, "optimization.batch_size=4")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        command + script("stage1", *argv)[1:], env=environment(), cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(math.isfinite(entry["loss"]) for entry in read_history(tmp_path))
+
+
+def test_a_folder_that_is_not_prepared(runs, workspace, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere is no prepared folder: it does not exist"):
+        importlib.import_module("training.stage1").main(on_prepared(workspace, tmp_path, [{"folder": "nowhere"}]))

@@ -318,8 +318,9 @@ class ChexSupervision(ImageSupervision):
         mask = batch.class_box_mask[rows, classes] & (batch.class_phrases[rows, classes] == own)
 
         shift = int(torch.randint(1, max(2, len(own)), (1,), generator=generator))
-        present = batch.class_labels[rows, classes.roll(shift)].bool()
-        foreign = own.roll(shift, 0).masked_fill(present[:, None], -1)
+        place = (rows, classes.roll(shift))
+        absent = batch.has_class_labels[place] & ~batch.class_labels[place].bool()
+        foreign = own.roll(shift, 0).masked_fill(~absent[:, None], -1)
         boxes = batch.class_boxes[rows, classes]
         return (
             torch.cat([own, foreign], dim=1),
