@@ -373,8 +373,10 @@ def test_a_stream_gives_every_record_once(shards, ranks, workers, buffer):
 
 def test_the_order_of_a_stream(shards):
     records, files = shards
-    texts = TextTable()
-    texts.add_records(records)
+    texts, same = TextTable(), TextTable()
+    texts.add_shards(files)
+    same.add_records(records)
+    assert texts.texts == same.texts
     reader = RecordReader(records.features, PROCESSOR, texts)
 
     def order(epoch=0, **options):

@@ -464,10 +464,13 @@ class TestRejectedImages:
         out = tmp_path / "out"
         with pytest.raises(FileNotFoundError, match=r"3 of 150 images are missing, such as .*/5\.png"):
             tiny(own_raw, out)
+        assert not list(tmp_path.glob("out.partial*"))
+        listed = [(f"{number}.png", "the image file is missing") for number in (5, 6, 8)]
         tiny(own_raw, out, options={"missing": "skip"}, max_rejected=0)
-        assert [(row[1], row[3]) for row in rejected_rows(out)] == [
-            (f"{number}.png", "the image file is missing") for number in (5, 6, 8)
-        ]
+        assert [(row[1], row[3]) for row in rejected_rows(out)] == listed
+        # within the limit they are unusable images like others
+        tiny(own_raw, tmp_path / "allowed", max_rejected=2)
+        assert [(row[1], row[3]) for row in rejected_rows(tmp_path / "allowed")] == listed
 
     def test_mistakes_in_the_tables_name_the_image(self, own_raw, tmp_path):
         table = own_raw / "table.csv"

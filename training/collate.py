@@ -29,6 +29,7 @@ from training.data.record import record_classes
 # Smaller boxes, relative to the square network input, are dropped.
 MIN_BOX_SIDE = 1e-3
 NUM_ANATOMIES = len(ANATOMY_NAMES)
+TEXT_COLUMNS = ("sentences", "anatomy_sentences", "objects")
 _OTHER_SIDE = {"left": "right", "right": "left"}
 _SIDE = re.compile(r"\b(?:left|right)(?=\b|ward)", re.IGNORECASE)
 
@@ -51,18 +52,28 @@ class TextTable:
     def add(self, text: str) -> int:
         return self.ids.setdefault(text, len(self.ids))
 
-    def add_records(self, records: datasets.Dataset, batch_size: int = 1000) -> None:
+    def add_records(self, records: datasets.Dataset) -> None:
         """Adds all texts of records: sentences, those of each anatomy alone and joined, and phrases."""
-        table = records.select_columns(["sentences", "anatomy_sentences", "objects"]).with_format("arrow")
-        for part in table.iter(batch_size):
-            for name in ("sentences", "anatomy_sentences"):
-                for row in part[name].to_pylist():
-                    for item in row or ():
-                        for text in [item] if isinstance(item, str) else [*item, " ".join(item)] if item else []:
-                            self.add(text)
-            for phrase in pc.struct_field(pc.list_flatten(part["objects"]), "phrase").to_pylist():
-                if phrase:
-                    self.add(phrase)
+        for part in records.select_columns(list(TEXT_COLUMNS)).with_format("arrow").iter(1000):
+            self._add_columns(part)
+
+    def add_shards(self, shards: Iterable[str | Path]) -> None:
+        """The same for records in Parquet files, of which only the columns with texts are read."""
+        for shard in shards:
+            for part in pq.ParquetFile(shard).iter_batches(1000, columns=list(TEXT_COLUMNS)):
+                self._add_columns(part)
+
+    def _add_columns(self, table: pa.Table | pa.RecordBatch) -> None:
+        for sentences in table["sentences"].to_pylist():
+            for text in sentences or ():
+                self.add(text)
+        for regions in table["anatomy_sentences"].to_pylist():
+            for sentences in filter(None, regions or ()):
+                for text in (*sentences, " ".join(sentences)):
+                    self.add(text)
+        for phrase in pc.struct_field(pc.list_flatten(table["objects"]), "phrase").to_pylist():
+            if phrase:
+                self.add(phrase)
 
     def mirror_ids(self) -> Tensor:
         """
@@ -422,7 +433,7 @@ class RecordStream(torch.utils.data.IterableDataset):
 
     Args:
         shards: Parquet files.
-        reader: Knows all texts of the records: fill its table first (`TextTable.add_records`).
+        reader: Knows all texts of the records: fill its table first (`TextTable.add_shards`).
         batch_size: Images of a batch; the last one of each worker may be smaller.
         shuffle_buffer: Records among which the next ones are drawn, from shards in random order; 0 keeps the order.
         seed: Of the shuffling, together with the epoch (`set_epoch`).

@@ -14,7 +14,7 @@ from transformers.loss.loss_for_object_detection import box_iou
 
 from modeling_chex import ChexImageFeatures, ChexModel, ChexSentenceGenerator
 from modeling_chex.prompt_detector import soft_roi_pool
-from processing_chex.image_processing_chex import ChexImageProcessor
+from processing_chex.image_processing_chex import ChexImageProcessor, per_channel
 from processing_chex.prompt_sets import PromptSet, anatomy_prompts
 from processing_chex.vocabulary import ANATOMY_NAMES, MULTI_ANATOMY_MEMBERS
 from training.collate import Batch, TextTable
@@ -135,7 +135,9 @@ class ImageSupervision(Supervision):
         super().__init__(model, keep_frozen_in_train_mode)
         self.augmentation = augmentation
         self.side = image_processor.size["height"]
-        self.mean, self.std = image_processor.image_mean, image_processor.image_std
+        for name in ("image_mean", "image_std"):
+            values = torch.from_numpy(per_channel(name, getattr(image_processor, name)))
+            self.register_buffer(name, values, persistent=False)
         mirror_ids = texts.mirror_ids() if augmentation.config.flip == "consistent" else None
         self.register_buffer("mirror_ids", mirror_ids, persistent=False)
 
@@ -158,7 +160,7 @@ class ImageSupervision(Supervision):
                 batch = batch.swap_sides(transform.mirrored, self.mirror_ids)
         elif images.shape[-1] != self.side:
             images = F.interpolate(images, size=(self.side, self.side), mode="bilinear", align_corners=False)
-        return ((images - self.mean) / self.std).expand(-1, 3, -1, -1), batch
+        return ((images - self.image_mean) / self.image_std).expand(-1, 3, -1, -1), batch
 
 
 class ChexSupervision(ImageSupervision):

@@ -259,7 +259,7 @@ def prepare(
         The manifest. A folder that was made from the same inputs and options before is left as it is.
 
     Raises:
-        FileNotFoundError: Raw downloads or images are missing.
+        FileNotFoundError: Raw downloads are missing, or more images than `max_rejected`.
         PreparationError: `out` is in use, another process prepares it, too many images are unusable, the disk is too
             small, or a process died.
         PreparationInterrupted: Ctrl-C.
@@ -325,7 +325,8 @@ class _Preparation:
         splits = builder.items()
         self.skip_missing = builder.config.missing == "skip"
         if not self.skip_missing:
-            check_images_exist(builder.TITLE, _with_images(splits))
+            # A few count as unusable like others; very many are better known before hours are spent.
+            check_images_exist(builder.TITLE, _with_images(splits), max_rejected)
         self.options = {name: _plain(getattr(builder.config, name)) for name in source_options(recipe.source)}
         self.shards = _cut(splits)
         self.total = sum(len(shard.items) for shard in self.shards)

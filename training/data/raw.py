@@ -300,14 +300,14 @@ def notes_text(notes: Counter[str]) -> str:
     return "; ".join(f"{count:,} {what}" for what, count in notes.most_common(20))
 
 
-def check_images_exist(title: str, splits: Mapping[str, Sequence[dict]]) -> None:
+def check_images_exist(title: str, splits: Mapping[str, Sequence[dict]], allowed_percent: float = 0.0) -> None:
     """
     Raises:
-        FileNotFoundError: Naming the first five of the missing images and how many there are.
+        FileNotFoundError: More images are missing than allowed; names the first five and how many there are.
     """
     paths = [item["image_path"] for items in splits.values() for item in items]
     missing = [path for path in paths if not Path(path).is_file()]
-    if missing:
+    if len(missing) > allowed_percent / 100 * len(paths):
         raise FileNotFoundError(
             f"{title}: {len(missing):,} of {len(paths):,} images are missing, such as {', '.join(missing[:5])}. "
             "Complete the download, or leave them out with missing='skip'."
