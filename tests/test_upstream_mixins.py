@@ -2,10 +2,7 @@
 The test mixins that Transformers keeps for its own models, pointed at ChEX.
 
 They are not part of the installed library, only of its source distribution, so these tests are skipped unless
-`CHEX_TRANSFORMERS_TESTS` names an unpacked source tree of the installed version:
-
-    pip download --no-deps --no-binary :all: transformers==VERSION && tar xzf transformers-VERSION.tar.gz
-    CHEX_TRANSFORMERS_TESTS=transformers-VERSION pytest -m "slow or not slow" tests/test_upstream_mixins.py
+`CHEX_TRANSFORMERS_TESTS` names an unpacked source tree of the installed version. `make test-slow` fetches it.
 
 docs/contract.md lists what is overridden here and why.
 """
