@@ -17,6 +17,7 @@ from training.objectives import (
     PathologyOptions,
     SentenceOptions,
 )
+from training.text_features import FeatureDtype
 
 
 CONFIG_DIR = Path(__file__).parent / "configs"
@@ -159,11 +160,17 @@ class StageConfig:
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = "no"  # auto: bf16 where the hardware is faster with it
     attn_implementation: str | None = None
     num_workers: int = 0
+    text_feature_dtype: FeatureDtype = "float32"  # of the features of texts that are kept in data.cache_dir
     data: DataConfig = field(default_factory=DataConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     objectives: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    @property
+    def text_cache(self) -> Path:
+        """Folder in which features of texts are kept for all runs."""
+        return Path(self.data.cache_dir) / "text_features"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

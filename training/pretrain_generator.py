@@ -19,7 +19,8 @@ from processing_chex.generator_tokenizer import load_generator_tokenizer
 from training.collate import occurring_texts
 from training.configuration import StageConfig, check_model_keys, model_keys
 from training.loop import StageParts, load_stage_model, parse_arguments, read_data, run_as_script, run_stage
-from training.supervision import GeneratorSupervision, encode_texts
+from training.supervision import GeneratorSupervision
+from training.text_features import TextFeatures
 
 
 # What can be chosen for a generator whose sizes are those of a GPT-2
@@ -67,8 +68,8 @@ def build(config: StageConfig) -> StageParts:
     processor = ChexProcessor(processor.image_processor, processor.tokenizer, tokenizer)
     data = read_data(config.data, processor.image_processor)
     texts = data.texts.texts
-    features = encode_texts(encoder, processor.tokenizer, texts)
-    supervision = GeneratorSupervision(generator, features, tokenizer, texts)
+    features = TextFeatures(encoder, processor.tokenizer, config.text_cache, config.text_feature_dtype)
+    supervision = GeneratorSupervision(generator, features.table(texts), tokenizer, texts)
 
     def save(folder: Path) -> None:
         generator.save_pretrained(folder)

@@ -28,6 +28,8 @@ def supervised_stage(config: StageConfig, model: ChexModel, processor: ChexProce
         config.objectives,
         Augmentation(config.augmentation, config.seed),
         config.keep_frozen_in_train_mode,
+        config.text_cache,
+        config.text_feature_dtype,
     )
 
     def save(folder: Path) -> None:

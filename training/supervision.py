@@ -1,13 +1,13 @@
 """The trained modules: a model together with its supervision, from a batch to named loss terms."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.image_transforms import center_to_corners_format
 from transformers.loss.loss_for_object_detection import box_iou
@@ -34,53 +34,19 @@ from training.objectives import (
     weighted_sum,
 )
 from training.objectives.reduction import full_precision
+from training.text_features import FeatureDtype, FeatureTable, TextFeatures, TokenTable
 from training.transforms import Augmentation
-
-
-@torch.no_grad()
-def encode_texts(
-    model: ChexModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int = 256
-) -> Tensor:
-    """Prompt features (U, D) of texts, in float32 on the CPU; shows progress for long lists."""
-    was_training = model.training
-    model.eval()
-    features = []
-    for start in tqdm(range(0, len(texts), batch_size), desc="Encoding texts", leave=False, disable=len(texts) < 2000):
-        tokens = tokenizer(list(texts[start : start + batch_size]), padding=True, truncation=True, return_tensors="pt")
-        features.append(model.get_prompt_features(tokens["input_ids"].to(model.device)).float().cpu())
-    model.train(was_training)
-    return torch.cat(features) if features else torch.zeros(0, model.config.projection_dim)
-
-
-def tokenise(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int, start_and_end: bool
-) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask (U, T) on the right-padded longest text; for GPT-2 start and end are added here."""
-    if not start_and_end:
-        tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-        return tokens["input_ids"], tokens["attention_mask"]
-    marked = [f"{tokenizer.bos_token}{text}{tokenizer.eos_token}" for text in texts]
-    tokens = tokenizer(
-        marked,
-        padding=True,
-        padding_side="right",
-        truncation=True,
-        max_length=max_length,
-        add_special_tokens=False,
-        return_tensors="pt",
-    )
-    return tokens["input_ids"], tokens["attention_mask"]
 
 
 class PromptBank(nn.Module):
     """Features of the prompts of some classes (or anatomies), each with one or more synonyms."""
 
-    def __init__(self, prompts: Mapping[str, Sequence[str]], model: ChexModel, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, prompts: Mapping[str, Sequence[str]], text_features: TextFeatures):
         super().__init__()
         self.names = tuple(prompts)
         texts = [text for synonyms in prompts.values() for text in synonyms]
-        counts = torch.tensor([len(synonyms) for synonyms in prompts.values()])
-        self.register_buffer("features", encode_texts(model, tokenizer, texts), persistent=False)
+        counts = torch.tensor([len(synonyms) for synonyms in prompts.values()], dtype=torch.int64)
+        self.register_buffer("features", text_features.encode(texts), persistent=False)
         self.register_buffer("counts", counts, persistent=False)
         self.register_buffer("offsets", counts.cumsum(0) - counts, persistent=False)
 
@@ -182,25 +148,22 @@ class ChexSupervision(ImageSupervision):
         objectives: ObjectiveConfig,
         augmentation: Augmentation,
         keep_frozen_in_train_mode: bool = False,
+        text_cache: Path | None = None,
+        text_feature_dtype: FeatureDtype = "float32",
     ):
         super().__init__(model, image_processor, augmentation, texts, keep_frozen_in_train_mode)
         self.objectives = objectives
         self.terms = objectives.weights.active()
         names = class_prompts.names
-        self.anatomies = PromptBank(anatomy_prompts(synonyms=True), model, tokenizer)
-        self.positives = PromptBank({name: class_prompts.positive[name] for name in names}, model, tokenizer)
-        self.negatives = PromptBank({name: class_prompts.negative[name] for name in names}, model, tokenizer)
-        self.register_buffer("text_features", encode_texts(model, tokenizer, texts.texts), persistent=False)
+        features = TextFeatures(model, tokenizer, text_cache, text_feature_dtype)
+        self.anatomies = PromptBank(anatomy_prompts(synonyms=True), features)
+        self.positives = PromptBank({name: class_prompts.positive[name] for name in names}, features)
+        self.negatives = PromptBank({name: class_prompts.negative[name] for name in names}, features)
+        self.text_features = features.table(texts.texts)
         self.register_buffer("members", torch.tensor(MULTI_ANATOMY_MEMBERS), persistent=False)
         if model.sentence_generator is not None:
-            ids, mask = tokenise(
-                generator_tokenizer,
-                texts.texts,
-                model.config.generator_config.max_generation_length,
-                start_and_end=True,
-            )
-            self.register_buffer("text_ids", ids, persistent=False)
-            self.register_buffer("text_mask", mask, persistent=False)
+            longest = model.config.generator_config.max_generation_length
+            self.text_tokens = TokenTable(generator_tokenizer, texts.texts, longest, start_and_end=True)
 
     def forward(self, batch: Batch, seed: int, epoch: int = 0) -> dict[str, Tensor]:
         (shared, local), collectives = self.generators(seed), process_collectives()
@@ -213,15 +176,14 @@ class ChexSupervision(ImageSupervision):
         sentences = sentence_features = None
         if terms & {"global_contrastive", "sentence_contrastive", "sentence_mse", "sentence_generation"}:
             sentences = self._choose_sentences(batch.sentences, local)
-            sentence_features = self.text_features[sentences.clamp_min(0)] * (sentences >= 0)[..., None]
+            sentence_features = self.text_features(sentences)
             if terms & {"sentence_contrastive", "sentence_mse", "sentence_generation"}:
                 queries["sentences"] = (sentence_features, sentences >= 0)
 
         phrase_boxes = phrase_mask = None
         if "sentence_detection" in terms:
             phrases, phrase_boxes, phrase_mask = self._choose_phrases(batch, local)
-            known = (phrases >= 0)[..., None]
-            queries["phrases"] = (self.text_features[phrases.clamp_min(0)] * known, phrases >= 0)
+            queries["phrases"] = (self.text_features(phrases), phrases >= 0)
 
         anatomies, kept, from_boxes = None, None, False
         if any(term.startswith("anatomy") for term in terms):
@@ -410,7 +372,7 @@ class ChexSupervision(ImageSupervision):
                 }
         sentences = batch.anatomy_sentences[:, anatomies]
         has_sentences = sentences >= 0
-        text_features = self.text_features[sentences.clamp_min(0)] * has_sentences[..., None]
+        text_features = self.text_features(sentences)
         losses = anatomy_objective(
             features,
             present,
@@ -467,14 +429,11 @@ class ChexSupervision(ImageSupervision):
         if len(images) == 0:
             return features.sum() * 0.0
         chosen = texts[images, queries]
-        ids, mask = self.text_ids[chosen], self.text_mask[chosen]
-        return sentence_loss(self.model.sentence_generator, features[images, queries], ids, mask)
+        return sentence_loss(self.model.sentence_generator, features[images, queries], *self.text_tokens(chosen))
 
 
 def sentence_loss(sentence_generator: ChexSentenceGenerator, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """Teacher-forced cross-entropy of token ids (S, T) given features (S, D) or (S, L, D), padding left out."""
-    length = int(mask.sum(-1).max())
-    ids, mask = ids[:, :length], mask[:, :length]
     labels = sentence_generator.target_labels(ids, mask)
     return sentence_generator(input_ids=ids, attention_mask=mask, features=features, labels=labels).loss
 
@@ -511,11 +470,7 @@ class ContrastiveSupervision(ImageSupervision):
             for prompts in (class_prompts.positive, class_prompts.negative)
         ]
         self.register_buffer("statements", torch.tensor(statements), persistent=False)
-        ids, mask = tokenise(
-            tokenizer, texts.texts, model.config.text_config.max_position_embeddings, start_and_end=False
-        )
-        self.register_buffer("text_ids", ids, persistent=False)
-        self.register_buffer("text_lengths", mask.sum(-1), persistent=False)
+        self.text_tokens = TokenTable(tokenizer, texts.texts, model.config.text_config.max_position_embeddings)
         self.logit_scale = nn.Parameter(torch.full((3,), 2.6592))  # as CLIP's; for each loss
         self.sentences_per_image, self.regions_per_image = sentences_per_image, regions_per_image
 
@@ -546,7 +501,7 @@ class ContrastiveSupervision(ImageSupervision):
 
     def _classification(self, image_features: ChexImageFeatures, batch: Batch) -> Tensor:
         """Pooled patches of every annotated region choose between "X" and "No X" for every finding."""
-        prompts = self.model.get_prompt_features(self.text_ids[self.statements.flatten()])
+        prompts = self.model.get_prompt_features(self.text_tokens(self.statements.flatten())[0])
         positive, negative = prompts.unflatten(0, self.statements.shape)
         pooled = soft_roi_pool(image_features.patch_features, batch.anatomy_boxes)
         observed = batch.anatomy_present[..., None] & batch.has_anatomy_labels[:, None]
@@ -575,7 +530,7 @@ class ContrastiveSupervision(ImageSupervision):
     def _loss(self, features: Tensor, texts: Tensor, positives: Tensor, logit_scale: Tensor) -> Tensor:
         if len(texts) == 0:
             return features.sum() * 0.0
-        text_features = self.model.get_prompt_features(self.text_ids[texts, : int(self.text_lengths[texts].max())])
+        text_features = self.model.get_prompt_features(self.text_tokens(texts)[0])
         return _contrastive_loss(features, text_features, positives, logit_scale)
 
 
@@ -609,24 +564,24 @@ class GeneratorSupervision(Supervision):
     def __init__(
         self,
         generator: ChexSentenceGenerator,
-        text_features: Tensor,
+        text_features: FeatureTable,
         generator_tokenizer: PreTrainedTokenizerBase,
         texts: Sequence[str],
         feature_dropout: float = 0.3,
         max_copies: int = 4,
     ):
         super().__init__(generator)
-        ids, mask = tokenise(generator_tokenizer, texts, generator.config.max_generation_length, start_and_end=True)
-        self.register_buffer("text_features", text_features, persistent=False)
-        self.register_buffer("text_ids", ids, persistent=False)
-        self.register_buffer("text_mask", mask, persistent=False)
+        self.text_features = text_features
+        self.text_tokens = TokenTable(
+            generator_tokenizer, texts, generator.config.max_generation_length, start_and_end=True
+        )
         self.feature_dropout = nn.Dropout(feature_dropout)
         self.max_copies = max_copies
 
     def forward(self, batch: Tensor, seed: int, epoch: int = 0) -> dict[str, Tensor]:
         copies = int(torch.randint(1, self.max_copies + 1, (1,), generator=self.generators(seed)[0]))
-        features = self.feature_dropout(self.text_features[batch][:, None].repeat(1, copies, 1))
-        loss = sentence_loss(self.model, features, self.text_ids[batch], self.text_mask[batch])
+        features = self.feature_dropout(self.text_features(batch)[:, None].repeat(1, copies, 1))
+        loss = sentence_loss(self.model, features, *self.text_tokens(batch))
         return {"loss": loss, "generation": loss.detach()}
 
 
@@ -636,6 +591,4 @@ __all__ = [
     "GeneratorSupervision",
     "PromptBank",
     "Supervision",
-    "encode_texts",
-    "tokenise",
 ]
