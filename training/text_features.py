@@ -176,19 +176,26 @@ class TextFeatures:
         """The table (R, D) and the row (U,) of each text, -1 where it is missing or damaged."""
         entries = np.fromfile(self.index_path, ENTRY) if self.index_path.is_file() else np.zeros(0, ENTRY)
         written = self.features_path.stat().st_size // self._row_bytes if self.features_path.is_file() else 0
-        if not len(entries) or not written:
+        if warn and len(entries) < written:
+            logger.warning("%s: %d features without an index are left unused.", self.folder, written - len(entries))
+        if not len(entries):
             return np.zeros((0, self.size), self.dtype), np.full(len(digests), -1)
         order = entries["text"].argsort(kind="stable")
         rows = order[entries["text"].searchsorted(digests, side="right", sorter=order) - 1]  # the latest of each text
         rows[entries["text"][rows] != digests] = -1
-        table = np.memmap(self.features_path, self.dtype, mode="r", shape=(written, self.size)).view(np.ndarray)
+        table = self._mapped(written)
         sums = entries["row"].tolist()
         damaged = [row >= 0 and (row >= written or zlib.crc32(table[row]) != sums[row]) for row in rows.tolist()]
         if warn and any(damaged):
             logger.warning("%s: %d features are damaged and are encoded again.", self.folder, sum(damaged))
         rows[damaged] = -1
         # opened afresh, because pages that were read for the check count as memory of this process
-        return np.memmap(self.features_path, self.dtype, mode="r", shape=table.shape), rows
+        return self._mapped(written), rows
+
+    def _mapped(self, written: int) -> np.ndarray:
+        if not written:  # which cannot be mapped
+            return np.zeros((0, self.size), self.dtype)
+        return np.memmap(self.features_path, self.dtype, mode="r", shape=(written, self.size)).view(np.ndarray)
 
     @property
     def _row_bytes(self) -> int:
