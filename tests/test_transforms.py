@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import scipy.ndimage
+import scipy.stats
 import torch
 
 from training.configuration import AugmentationConfig
@@ -230,6 +231,163 @@ def test_the_affine_map_sees_no_more_than_the_crop():
         assert (edge == 0).all()
 
 
+def test_a_crop_keeps_the_grey_values_at_its_border():
+    """Nothing beyond the crop, and nothing black, is mixed into its outermost pixels."""
+    config = dataclasses.replace(IDENTITY, crop_area=(0.5, 1.0), crop_aspect=(0.75, 4 / 3), flip="reference")
+    transform = maps(config, 20)
+    torch.testing.assert_close(transform.images(torch.ones(20, 1, 64, 64), 56), torch.ones(20, 1, 56, 56))
+    inside = torch.zeros(20, 1, 64, 64)  # 1 in the pixels that belong to the crop as a whole
+    box = transform.crop @ torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 1.0]]) * 64
+    for image, corners in zip(inside, box.sort(-1).values, strict=True):
+        (x0, x1), (y0, y1) = (edges.add(torch.tensor([-1e-4, 1e-4])).tolist() for edges in corners)
+        image[:, max(math.floor(y0), 0) : math.ceil(y1), max(math.floor(x0), 0) : math.ceil(x1)] = 1.0
+    torch.testing.assert_close(transform.images(inside, 56), torch.ones(20, 1, 56, 56))
+
+
+def step_by_step(image, boxes, crop, mirrored, linear, shift, side):
+    """
+    The official steps one after another: the pixels of a crop (x0, y0, x1, y1) resized, perhaps mirrored, then mapped
+    by `linear` about the centre and moved by `shift` (fractions). After each step boxes (K, 4), xyxy, are clipped, and
+    dropped (NaN) if less than a tenth is left.
+    """
+
+    def clip(boxes):
+        clipped = boxes.clip(0, 1)
+        area, left = ((part[:, 2:] - part[:, :2]).prod(-1) for part in (boxes, clipped))
+        return np.where(((left > 0) & (left >= 0.1 * area))[:, None], clipped, np.nan)
+
+    size = image.shape[0]
+    x0, y0, x1, y1 = crop
+    pixels = np.arange(side) + 0.5
+    places = np.meshgrid(pixels * (y1 - y0) / side - 0.5, pixels * (x1 - x0) / side - 0.5, indexing="ij")
+    image = scipy.ndimage.map_coordinates(image[y0:y1, x0:x1], places, order=1, mode="nearest")
+    boxes = clip((boxes * size - np.array([x0, y0, x0, y0])) / np.array([x1 - x0, y1 - y0] * 2))
+    if mirrored:
+        image, boxes = image[:, ::-1], np.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], -1)
+    x, y = np.meshgrid(pixels / side, pixels / side)
+    inverse = np.linalg.inv(linear)
+    x, y = (inverse[row, 0] * (x - 0.5 - shift[0]) + inverse[row, 1] * (y - 0.5 - shift[1]) + 0.5 for row in (0, 1))
+    image = scipy.ndimage.map_coordinates(image, [y * side - 0.5, x * side - 0.5], order=1, mode="grid-constant")
+    corners = np.stack([boxes[:, [0, 2, 0, 2]], boxes[:, [1, 1, 3, 3]]], -1) - 0.5
+    corners = corners @ linear.T + 0.5 + shift
+    return image, clip(np.concatenate([corners.min(1), corners.max(1)], -1))
+
+
+def test_one_resampling_gives_what_the_official_steps_give():
+    rng, count, size, side = np.random.default_rng(0), 12, 80, 70
+    images = scipy.ndimage.gaussian_filter(rng.random((count, size, size)), (0, 3, 3))
+    images = (images - images.min()) / np.ptp(images)
+    corners = rng.random((count, 60, 2, 2))
+    corners[:, :30] = corners[:, :30, :1] + rng.uniform(0, 0.06, (count, 30, 2, 2))  # small ones are cut off oftener
+    boxes = np.sort(corners, 2).clip(0, 1).reshape(count, 60, 4)
+    crops, affines, expected = [], [], []
+    for number in range(count):
+        low, extent = rng.integers(0, 15, 2), rng.integers(55, 66, 2)
+        crop, mirrored = np.concatenate([low, low + extent]), bool(number % 2)
+        angle, scale, shift = math.radians(rng.uniform(-10, 10)), rng.uniform(0.95, 1, 2), rng.uniform(-0.02, 0.02, 2)
+        turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        expected.append(step_by_step(images[number], boxes[number], crop, mirrored, turn * scale, shift, side))
+        inverse = np.linalg.inv(turn * scale)
+        width, height = extent / size
+        x = [-width, 0, (low[0] + extent[0]) / size] if mirrored else [width, 0, low[0] / size]
+        crops.append([x, [0, height, low[1] / size]])
+        affines.append(np.concatenate([inverse, (0.5 - inverse @ (0.5 + shift))[:, None]], -1))
+    transform = GeometricTransform(*(torch.tensor(np.array(part), dtype=torch.float32) for part in (crops, affines)))
+    found = transform.images(torch.tensor(images[:, None], dtype=torch.float32), side)[:, 0].numpy()
+    difference = np.abs(found - np.stack([image for image, _ in expected]))
+    assert difference.max() < 0.03 and difference.mean() < 0.003  # of two interpolations and one
+
+    wanted = np.stack([moved for _, moved in expected])
+    given = torch.tensor(np.concatenate([(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]], -1))
+    moved, kept = transform.boxes(given.float(), torch.ones(count, 60, dtype=torch.bool))
+    there = ~np.isnan(wanted).any(-1)
+    assert np.array_equal(kept.numpy(), there) and 100 < there.sum() < there.size - 20
+    moved = moved.numpy()
+    moved = np.concatenate([moved[..., :2] - moved[..., 2:] / 2, moved[..., :2] + moved[..., 2:] / 2], -1)
+    assert np.abs(moved - wanted)[there].max() < 1e-5
+
+
+def test_the_smallest_boxes_are_kept():
+    box = torch.tensor([0.5, 0.5, 1.1e-3, 1.1e-3]).view(1, 1, 4)
+    halved = torch.eye(2, 3)[None].clone()
+    halved[0, 0, 2] = 0.5  # half of it is left of the border
+    moved, kept = GeometricTransform(halved, torch.eye(2, 3)[None]).boxes(box, torch.ones(1, 1, dtype=torch.bool))
+    assert kept.all()
+    torch.testing.assert_close(moved[0, 0, 2:], torch.tensor([0.55e-3, 1.1e-3]), atol=1e-6, rtol=0)
+
+
+def test_draws_are_distributed_as_the_official_ones():
+    """Uniform and independent, by Kolmogorov and Smirnov's test; seeds are fixed, so this never fails by chance."""
+    config = AugmentationConfig(flip="reference")
+    transform = maps(config, 4000)
+    forward = torch.linalg.inv(transform.affine[..., :2])
+    angle = torch.rad2deg(torch.atan2(forward[:, 1, 0], forward[:, 0, 0]))
+    scale = forward.norm(dim=1)
+    shift = 0.5 - transform.affine[..., 2:]  # of the centre, backwards
+    shift = (forward @ (shift - transform.affine[..., :2] @ torch.full((2, 1), 0.5))).squeeze(-1)
+    size = transform.crop[:, [0, 1], [0, 1]].abs()
+    place = torch.minimum(transform.crop[..., 2], transform.crop[..., 2] + transform.crop[:, [0, 1], [0, 1]])
+    values = {"angle": (angle + 10) / 20}
+    for axis, name in enumerate("xy"):
+        values[f"scale {name}"] = (scale[:, axis] - 0.95) / 0.05
+        values[f"shift {name}"] = (shift[:, axis] + 0.02) / 0.04
+        values[f"place {name}"] = place[:, axis] / (1 - size[:, axis])
+    for name, value in values.items():
+        assert scipy.stats.kstest(value.double().clamp(0, 1).numpy(), "uniform").pvalue > 0.01, name
+    values["mirrored"] = transform.mirrored.float()
+    correlation = torch.corrcoef(torch.stack(list(values.values()))) - torch.eye(len(values))
+    assert correlation.abs().max() < 0.06
+    assert transform.mirrored.float().mean().item() == pytest.approx(0.5, abs=0.03)
+
+    # a crop is drawn again until it fits, officially in whole pixels of 256
+    rng, expected = np.random.default_rng(1), []
+    while len(expected) < 4000:
+        area, aspect = rng.uniform(0.5, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        width, height = round(256 * math.sqrt(area * aspect)), round(256 * math.sqrt(area / aspect))
+        if width <= 256 and height <= 256:
+            expected.append((width / 256, height / 256))
+    for axis in (0, 1):
+        assert scipy.stats.ks_2samp(size[:, axis].numpy(), np.array(expected)[:, axis]).pvalue > 0.01
+
+
+def test_half_of_the_blurs_have_three_pixels_and_a_quarter_is_none():
+    config = dataclasses.replace(IDENTITY, blur_probability=1.0, blur_sigma=(2.0, 2.0))
+    image = torch.zeros(1000, 1, 33, 33)
+    image[..., 16, 16] = 1.0
+    wide = (changed(config, image)[:, 0, 16] > 1e-6).sum(-1)
+    counts = {int(size): int((wide == size).sum()) for size in wide.unique()}
+    assert counts.keys() == {1, 3, 17}
+    for size, share in {1: 0.25, 3: 0.5, 17: 0.25}.items():
+        assert counts[size] == pytest.approx(1000 * share, abs=50)
+    half = changed(dataclasses.replace(config, blur_probability=0.5), image)[:, 0, 16]
+    assert ((half > 1e-6).sum(-1) == 1).float().mean().item() == pytest.approx(0.625, abs=0.05)
+
+
+@pytest.mark.parametrize("brighter_first", [True, False])
+def test_brightness_and_contrast_are_clipped_one_by_one(brighter_first):
+    images = torch.linspace(0, 1, 64).view(1, 1, 8, 8)
+    augmentation = Augmentation(AugmentationConfig(blur_probability=0.0))
+    draws = augmentation.draws(torch.tensor([0]))
+    start = 2 * Augmentation.CROP_TRIES + 8
+    draws[0, start : start + 3] = torch.tensor([0.875, 0.25, 0.2 if brighter_first else 0.8])  # 1.3 and 0.8
+    if brighter_first:
+        expected = (images * 1.3).clamp(0, 1)
+        expected = (expected * 0.8 + expected.mean() * 0.2).clamp(0, 1)
+    else:
+        expected = ((images * 0.8 + 0.5 * 0.2).clamp(0, 1) * 1.3).clamp(0, 1)
+    torch.testing.assert_close(augmentation.intensity(images.clone(), draws), expected)
+
+
+def test_many_images_are_resampled_as_one():
+    images = torch.rand(19, 1, 40, 40, generator=generator(0))
+    transform = maps(AugmentationConfig(flip="reference"), 19)
+    alone = [
+        GeometricTransform(transform.crop[n, None], transform.affine[n, None]).images(images[n, None], 32)
+        for n in range(19)
+    ]
+    torch.testing.assert_close(transform.images(images, 32), torch.cat(alone), atol=1e-6, rtol=0)
+
+
 def test_another_size_of_the_output():
     images = torch.rand(2, 1, 64, 64, generator=generator(0))
     result = maps(IDENTITY, 2).images(images, side=32)
@@ -271,11 +429,13 @@ def test_the_input_of_the_blur_is_not_changed():
     assert 0 < (~blurred).sum() < 12  # a quarter of the kernels have one pixel
 
 
-@pytest.mark.parametrize("sigma", [0.3, 1.0, 2.7, 5.0])
+@pytest.mark.parametrize("sigma", [0.1, 0.3, 1.0, 2.7, 5.0])
 def test_blur_is_scipys(sigma):
     images = torch.rand(3, 1, 40, 56, generator=generator(0))
     result = gaussian_blur(images, torch.full((3,), sigma))
-    expected = scipy.ndimage.gaussian_filter(images.double().numpy(), (0, 0, sigma, sigma), mode="nearest", truncate=4)
+    radius = round(8 * sigma + 1) // 2  # of the odd size that OpenCV takes for floating-point images
+    blurred = (0, 0, sigma, sigma), (0, 0, radius, radius)
+    expected = scipy.ndimage.gaussian_filter(images.double().numpy(), blurred[0], mode="mirror", radius=blurred[1])
     torch.testing.assert_close(result.double(), torch.from_numpy(expected), atol=1e-5, rtol=0)
 
 
