@@ -204,7 +204,7 @@ def test_all_stages_leave_a_model(runs, workspace):
         assert folder == workspace / "runs" / stage / "model"
         assert (folder / "model.safetensors").is_file()
         left = {path.name for path in folder.parent.iterdir()}
-        assert left == {"config.yaml", "history.jsonl", "model"}
+        assert left == {"config.yaml", "environment.jsonl", "history.jsonl", "model"}
 
 
 def test_the_last_model_answers_and_writes(runs, workspace):
@@ -384,12 +384,12 @@ def uninterrupted(runs, workspace):
 def interrupt(monkeypatch, update):
     """Ends the run behind the checkpoint of an update, one batch into the next."""
     accumulate = loop.Accelerator.accumulate
-    save = loop._save_checkpoint
+    save = loop.Checkpoints.save
     saved = []
 
-    def save_once(accelerator, output_dir, state):
-        save(accelerator, output_dir, state)
-        saved.append(state.update)
+    def save_once(self, update, models=()):
+        save(self, update, models)
+        saved.append(update)
 
     def stop_later(self, *modules):
         if saved and saved[-1] >= update:
@@ -398,7 +398,7 @@ def interrupt(monkeypatch, update):
                 raise Interrupted
         return accumulate(self, *modules)
 
-    monkeypatch.setattr(loop, "_save_checkpoint", save_once)
+    monkeypatch.setattr(loop.Checkpoints, "save", save_once)
     monkeypatch.setattr(loop.Accelerator, "accumulate", stop_later)
 
 
@@ -434,7 +434,7 @@ def test_resumed_equals_uninterrupted(uninterrupted, workspace, tmp_path, monkey
 def test_interrupted_before_the_first_checkpoint(uninterrupted, workspace, tmp_path, monkeypatch):
     """There is a history but nothing to go on from: it starts again, and so does the history."""
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_save_checkpoint", lambda *_: (_ for _ in ()).throw(Interrupted))
+        patch.setattr(loop.Checkpoints, "save", lambda *_: (_ for _ in ()).throw(Interrupted))
         with pytest.raises(Interrupted):
             run(workspace, "stage1", tmp_path, *RESUMED)
     assert [entry["step"] for entry in read_history(tmp_path)] == [1]
@@ -489,11 +489,13 @@ def test_killed_process_resumes(uninterrupted, workspace, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(runs, workspace, tmp_path, stage):
     overrides = ("optimization.learning_rate=1e30", "optimization.max_grad_norm=null", "optimization.max_steps=20")
     with pytest.raises(
-        FloatingPointError, match=rf"The loss of {stage} became (nan|inf) by update \d+.*learning_rate"
+        FloatingPointError, match=rf"The loss of {stage} became (nan|inf) at update \d+.*learning_rate"
     ):
         run(workspace, stage, tmp_path, *overrides)
     assert not (tmp_path / "model").exists()
-    assert not math.isfinite(read_history(tmp_path)[-1]["loss"])
+    content = json.loads((tmp_path / "nonfinite.json").read_text(encoding="utf-8"))
+    assert not math.isfinite(content["terms"]["loss"])
+    assert len(content["batches"][0]["items"]) == 8
 
 
 def test_a_batch_larger_than_the_data(runs, workspace, tmp_path):
@@ -552,8 +554,8 @@ def test_mistakes_on_the_command_line(workspace, tmp_path, capsys, overrides, me
 
 def test_options_may_follow_overrides(workspace, tmp_path):
     argv = arguments(workspace, "stage1", tmp_path)
-    config, overwrite = loop.parse_arguments("stage1", [*argv[2:], "--overwrite", "seed=5", *argv[:2]], "")
-    assert overwrite
+    config, given = loop.parse_arguments("stage1", [*argv[2:], "--overwrite", "seed=5", *argv[:2]], "")
+    assert given.overwrite and not given.dry_run
     assert (config.seed, config.output_dir) == (5, str(tmp_path))
 
 
@@ -655,7 +657,8 @@ def test_torchrun_with_two_processes(runs, workspace, tmp_path):
     entries = read_history(tmp_path)
     assert [(entry["split"], entry["step"]) for entry in entries] == [("train", 2), ("train", 3), ("validation", 3)]
     assert all(math.isfinite(entry["loss"]) for entry in entries)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "history.jsonl", "model"}
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"config.yaml", "environment.jsonl", "history.jsonl", "model"}
     model = ChexModel.from_pretrained(tmp_path / "model")
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     # both processes are one run of twice the batch: the same queries and losses, other images and dropout in each

@@ -3,7 +3,7 @@
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 from transformers import PreTrainedConfig
 
+from training.lora import LoraOptions
 from training.objectives import (
     AnatomyOptions,
     ObjectiveWeights,
@@ -94,7 +95,10 @@ class AugmentationConfig:
 
 @dataclass
 class OptimizationConfig:
-    """AdamW with cosine schedule. `max_steps` (optimiser updates) has precedence over `epochs`."""
+    """
+    AdamW with cosine schedule. `max_steps` (optimiser updates) has precedence over `epochs`. With `ema_decay` (such as
+    0.999), validation and the saved models use the moving average of the weights.
+    """
 
     batch_size: int = 256
     gradient_accumulation_steps: int = 1
@@ -105,8 +109,13 @@ class OptimizationConfig:
     warmup_steps: int = 1000
     weight_decay: float = 1e-5
     max_grad_norm: float | None = 1.0
+    ema_decay: float | None = None
 
     def __post_init__(self) -> None:
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie between 0 and 1, not be {self.ema_decay!r}.")
+        if self.max_steps is not None and self.max_steps <= 0:
+            raise ValueError(f"max_steps must be greater than 0, not {self.max_steps!r}.")
         for name in ("batch_size", "gradient_accumulation_steps", "epochs", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)!r}.")
@@ -132,13 +141,69 @@ class ObjectiveConfig:
 
 @dataclass
 class TrackingConfig:
-    """How often to log, validate and save, in optimiser updates; 0 validates and saves at the end only."""
+    """
+    How often to log, validate and save, in optimiser updates; 0 validates and saves at the end only. The newest
+    `keep_checkpoints` checkpoints stay. `tasks` names tasks of the evaluation that validation runs on the first
+    `task_images` validation images.
+    """
 
     log_every: int = 20
     validate_every: int = 0
     validation_images: int = 256
     save_every: int = 0
-    trackers: tuple[str, ...] = ()
+    keep_checkpoints: int = 2
+    tasks: tuple[str, ...] = ()
+    task_images: int = 64
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "validate_every", "save_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)!r}.")
+        for name in ("validation_images", "keep_checkpoints", "task_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)!r}.")
+
+
+@dataclass
+class SelectionConfig:
+    """
+    The best models of a run, by a metric that validation measures: `loss` or one of its terms (smaller is better),
+    `metric/...` or `task/...` (greater is better). Several, separated by commas, count by their harmonic mean. The
+    best `keep_best` models are kept in `best/`; the last one is kept in any case. With `patience`, a run stops after
+    so many validations in a row that improved the best value by no more than `min_delta`.
+    """
+
+    metric: str | None = None
+    keep_best: int = 1
+    patience: int | None = None
+    min_delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.metric is None:
+            if self.patience is not None:
+                raise ValueError("patience needs a metric that is to improve: set selection.metric.")
+            return
+        if not all(self.names):
+            raise ValueError(f"metric must be a name or several separated by commas, not {self.metric!r}.")
+        if len({_greater_is_better(name) for name in self.names}) > 1:
+            raise ValueError(
+                f"metric {self.metric!r} mixes losses, of which smaller ones are better, with `metric/` or `task/`."
+            )
+        if self.keep_best < 0 or self.min_delta < 0 or (self.patience is not None and self.patience < 1):
+            raise ValueError("keep_best and min_delta must not be negative, and patience must be at least 1.")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.metric.split(",")) if self.metric is not None else ()
+
+    @property
+    def greater_is_better(self) -> bool:
+        return _greater_is_better(self.names[0])
+
+
+def _greater_is_better(name: str) -> bool:
+    return name.startswith(("metric/", "task/"))
 
 
 @dataclass
@@ -159,13 +224,29 @@ class StageConfig:
     seed: int = 42
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = "no"  # auto: bf16 where the hardware is faster with it
     attn_implementation: str | None = None
+    gradient_checkpointing: bool = False  # less memory for activations, which are computed twice
+    compile: str | None = None  # backend of torch.compile for the parts of the model, such as inductor
     num_workers: int = 0
     text_feature_dtype: FeatureDtype = "float32"  # of the features of texts that are kept in data.cache_dir
+    lora: LoraOptions | None = None  # trains adapters of the sentence generator instead of its weights
     data: DataConfig = field(default_factory=DataConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     objectives: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+
+    def __post_init__(self) -> None:
+        if self.selection.patience is not None and self.tracking.validate_every == 0:
+            raise ValueError("selection.patience counts validations, so set tracking.validate_every above 0.")
+        for name in self.selection.names:
+            kind, *rest = name.split("/")
+            task = rest[0] if rest else ""
+            if kind == "task" and task not in self.tracking.tasks:
+                raise ValueError(
+                    f"selection.metric names {name!r}, but tracking.tasks does not. "
+                    f"{nearest(task, self.tracking.tasks, 'tasks there')}"
+                )
 
     @property
     def text_cache(self) -> Path:
@@ -240,9 +321,13 @@ def check_model_keys(values: Mapping[str, Any], known: Mapping[str, Any], where:
 def _check_keys(values: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
     for key in values:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else f"Known keys: {', '.join(known) or 'none'}."
-            raise ValueError(f"{where}: unknown key {key!r}. {hint}")
+            raise ValueError(f"{where}: unknown key {key!r}. {nearest(str(key), known, 'keys')}")
+
+
+def nearest(name: str, known: Collection[str], what: str) -> str:
+    """The known name that was probably meant, or all of them, as a sentence for an error message."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {close[0]!r}?" if close else f"Known {what}: {', '.join(known) or 'none'}."
 
 
 def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
@@ -293,10 +378,12 @@ __all__ = [
     "DataConfig",
     "ObjectiveConfig",
     "OptimizationConfig",
+    "SelectionConfig",
     "StageConfig",
     "SubsetConfig",
     "TrackingConfig",
     "check_model_keys",
     "load_config",
     "model_keys",
+    "nearest",
 ]

@@ -15,7 +15,9 @@ from processing_chex.prompt_sets import anatomy_prompts
 from training.build_tokenizers import build_tokenizers
 from training.collate import occurring_texts
 from training.configuration import StageConfig, check_model_keys, model_keys
-from training.loop import StageParts, parse_arguments, read_data, run_as_script, run_stage, set_trainable
+from training.loop import StageParts, run_as_script, run_command
+from training.model_setup import set_trainable
+from training.stage_data import read_data
 from training.supervision import ContrastiveSupervision
 from training.transforms import Augmentation
 
@@ -60,9 +62,8 @@ def build(config: StageConfig) -> StageParts:
     return StageParts(supervision, data.train, data.validation, save)
 
 
-def main(argv: Sequence[str] | None = None) -> Path:
-    config, overwrite = parse_arguments("pretrain_clip", argv, __doc__)
-    return run_stage(config, build, overwrite)
+def main(argv: Sequence[str] | None = None) -> Path | None:
+    return run_command("pretrain_clip", build, argv, __doc__)
 
 
 if __name__ == "__main__":

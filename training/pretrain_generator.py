@@ -18,7 +18,9 @@ from processing_chex import ChexProcessor
 from processing_chex.generator_tokenizer import load_generator_tokenizer
 from training.collate import occurring_texts
 from training.configuration import StageConfig, check_model_keys, model_keys
-from training.loop import StageParts, load_stage_model, parse_arguments, read_data, run_as_script, run_stage
+from training.loop import StageParts, run_as_script, run_command
+from training.model_setup import load_stage_model
+from training.stage_data import read_data
 from training.supervision import GeneratorSupervision
 from training.text_features import TextFeatures
 
@@ -57,6 +59,8 @@ def start(
 
 
 def build(config: StageConfig) -> StageParts:
+    if config.lora is not None:
+        raise ValueError("`lora` has no effect in generator pre-training: use it in stage 3 or in fine-tuning.")
     if config.generator_init is None:
         check_model_keys(config.model, model_keys(ChexGeneratorConfig))
     else:
@@ -67,6 +71,9 @@ def build(config: StageConfig) -> StageParts:
     generator, tokenizer = start(config, encoder.config.projection_dim, processor)
     processor = ChexProcessor(processor.image_processor, processor.tokenizer, tokenizer)
     data = read_data(config.data, processor.image_processor)
+    sentences, held_out = occurring_texts(data.train), occurring_texts(data.validation)
+    if len(sentences) == 0:
+        raise ValueError("The training data have no sentences, so the generator cannot learn from them.")
     texts = data.texts.texts
     features = TextFeatures(encoder, processor.tokenizer, config.text_cache, config.text_feature_dtype)
     supervision = GeneratorSupervision(generator, features.table(texts), tokenizer, texts)
@@ -75,12 +82,11 @@ def build(config: StageConfig) -> StageParts:
         generator.save_pretrained(folder)
         processor.save_pretrained(folder)
 
-    return StageParts(supervision, occurring_texts(data.train), occurring_texts(data.validation), save, torch.stack)
+    return StageParts(supervision, sentences, held_out, save, torch.stack)
 
 
-def main(argv: Sequence[str] | None = None) -> Path:
-    config, overwrite = parse_arguments("pretrain_generator", argv, __doc__)
-    return run_stage(config, build, overwrite)
+def main(argv: Sequence[str] | None = None) -> Path | None:
+    return run_command("pretrain_generator", build, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from modeling_chex import ChexPostDecoderConfig
 from training.configuration import StageConfig, check_model_keys, model_keys
-from training.loop import StageParts, load_stage_model, parse_arguments, run_as_script, run_stage
+from training.loop import StageParts, run_as_script, run_command
+from training.model_setup import load_stage_model
 from training.stages import supervised_stage
 
 
@@ -23,9 +24,8 @@ def build(config: StageConfig) -> StageParts:
     return supervised_stage(config, model, processor)
 
 
-def main(argv: Sequence[str] | None = None) -> Path:
-    config, overwrite = parse_arguments("stage2", argv, __doc__)
-    return run_stage(config, build, overwrite)
+def main(argv: Sequence[str] | None = None) -> Path | None:
+    return run_command("stage2", build, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,126 @@
+"""Checkpoints of a run: complete or not there, verified before they are used."""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class TrainingState:
+    """Where a run stands: finished updates, epoch, batches of the epoch, seconds of training."""
+
+    update: int = 0
+    epoch: int = 0
+    batch: int = 0
+    seconds: float = 0.0
+
+    def state_dict(self) -> dict[str, int | float]:
+        return dict(vars(self))
+
+    def load_state_dict(self, values: dict[str, int | float]) -> None:
+        vars(self).update(values)
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None: its manifest, written last, has size and hash of every file."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (ValueError, KeyError, TypeError):
+        return f"its {MANIFEST} is damaged"
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+        if _sha256(path) != expected["sha256"]:
+            return f"{name} has other contents than were written"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Checkpoints:
+    """
+    The checkpoints of a run in a folder, of which the newest `kept` stay.
+
+    Each is written under a temporary name, described by a manifest and renamed, so that a kill never leaves half of
+    one under its final name; what a failing disk or a power cut does to it later is found by the manifest.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, kept: int = 2):
+        self.accelerator, self.folder, self.kept = accelerator, folder, kept
+
+    def save(self, update: int, models: Collection[int] = ()) -> None:
+        """
+        Writes the state of the accelerator after an update; `models` are the updates whose models (in `best/`) a run
+        that goes on from here needs.
+        """
+        temporary, final = self.folder / f"update-{update:08d}.partial", self.folder / f"update-{update:08d}"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(temporary))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            files = {
+                path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+                for path in sorted(temporary.rglob("*"))
+                if path.is_file()
+            }
+            manifest = {"update": update, "models": list(models), "files": files}
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            for old in self._all()[: -self.kept]:
+                shutil.rmtree(old)
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is intact, agreed on by all processes; damaged ones are named and set aside."""
+        chosen: list[str | None] = [None]
+        if self.accelerator.is_main_process:
+            found = self._all()
+            while found and chosen[0] is None:
+                folder = found.pop()
+                if (problem := find_damage(folder)) is None:
+                    chosen[0] = str(folder)
+                    break
+                remedy = f"Trying {found[-1].name}" if found else "There is no other: starting again"
+                logger.warning("The checkpoint %s cannot be used: %s. %s.", folder, problem, remedy)
+                aside = folder.with_suffix(".damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+        broadcast_object_list(chosen)
+        return Path(chosen[0]) if chosen[0] is not None else None
+
+    def needed_models(self) -> set[int]:
+        """Updates whose models the kept checkpoints refer to."""
+        return {
+            update
+            for folder in self._all()
+            if (folder / MANIFEST).is_file()
+            for update in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["models"]
+        }
+
+    def _all(self) -> list[Path]:
+        return sorted(self.folder.glob("update-????????"))
+
+
+__all__ = ["Checkpoints", "TrainingState", "find_damage"]
