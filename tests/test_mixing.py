@@ -1,6 +1,7 @@
 """Several data sets in one batch: classes, masks, repeats, mirrored sides, processes and workers, streams."""
 
 import collections
+import zlib
 from dataclasses import fields
 
 import datasets
@@ -28,6 +29,7 @@ from training.collate import (
 )
 from training.data.phantom import encode_png, phantom_features, phantom_record
 from training.data.record import empty_record, record_features
+from training.transforms import GeometricTransform
 
 
 SIDE = 32
@@ -152,10 +154,13 @@ def test_boxes_are_in_pixels_of_the_original_whatever_size_is_stored():
         torch.testing.assert_close(getattr(one, name), getattr(other, name), atol=1e-5, rtol=0)
 
 
-def test_records_without_any_annotation():
+@pytest.mark.parametrize("classes", [["a"], []])
+def test_records_without_any_annotation(classes):
     image = {"bytes": encode_png(np.zeros((40, 40), dtype=np.uint8)), "path": None}
     rows = [empty_record(sample_id=str(number), image=image, height=40, width=40) for number in range(3)]
-    batch = RecordDataset(datasets.Dataset.from_list(rows, features=record_features(["a"])), PROCESSOR, TextTable())[1]
+    records = datasets.Dataset.from_list(rows, features=record_features(classes))
+    batch = RecordDataset(records, PROCESSOR, TextTable())[1]
+    assert batch.class_boxes.shape == (1, len(classes), 1, 4)
     for item in fields(Batch):
         if item.name.startswith("has_"):
             assert not getattr(batch, item.name).any(), item.name
@@ -284,7 +289,14 @@ def test_batches_do_not_depend_on_the_number_of_workers(parts, workers):
         ("Right lower lung zone", "Left lower lung zone"),
         ("LEFT and right-sided effusions", "RIGHT and left-sided effusions"),
         ("Shift to the left, leftward deviation.", "Shift to the right, rightward deviation."),
-        ("Upright view, bright cleft", "Upright view, bright cleft"),
+        ("Upright view, bright cleft, outright leftover", "Upright view, bright cleft, outright leftover"),
+        ("Bilateral effusions", "Bilateral effusions"),
+        ("Blunting of the right heart border.", "Blunting of the left heart border."),
+        ("Effusion on the left.", "Effusion on the right."),
+        ("Right.", "Left."),
+        ("RIGHT>LEFT, left/right (left) right's", "LEFT>RIGHT, right/left (right) left's"),
+        ("Left-to-right shunt, leftmost, rightsided", "Right-to-left shunt, rightmost, leftsided"),
+        ("Line in the R arm, L apex, RLL opacity", "Line in the R arm, L apex, RLL opacity"),
         ("", ""),
     ],
 )
@@ -322,6 +334,34 @@ def test_sides_of_mirrored_images_change_places(parts):
     assert not torch.equal(swapped.sentences, batch.sentences)
     assert_equal(swapped.swap_sides(rows, mirror_ids), batch)
     assert len(ANATOMY_NAMES) == len(LATERAL_PARTNERS)
+
+
+def test_sides_in_the_whole_path(parts):
+    """A mirrored image with "consistent" is what "off" gives for the mirrored record, and "reference" is not."""
+    texts = parts[0].reader.texts
+    mirror_ids = texts.mirror_ids()
+    batch = parts[0].__getitems__(range(6))[0]
+    crop = torch.eye(2, 3).repeat(6, 1, 1)
+    crop[::2, 0] = torch.tensor([-1.0, 0.0, 1.0])
+    transform = GeometricTransform(crop, torch.eye(2, 3).repeat(6, 1, 1))
+    rows = transform.mirrored
+    assert rows.tolist() == [True, False] * 3
+    moved, present = transform.boxes(batch.anatomy_boxes, batch.anatomy_present)
+    reference = batch.replace(anatomy_boxes=moved, anatomy_present=present)
+    consistent = reference.swap_sides(rows, mirror_ids)
+    right, left = (ANATOMY_NAMES.index(f"{side} lung") for side in ("right", "left"))
+    for swapped, on_the_left in ((consistent, 6), (reference, 3)):  # the right lung is seen on the left
+        assert swapped.anatomy_present[:, [left, right]].all()
+        assert (swapped.anatomy_boxes[:, right, 0] < swapped.anatomy_boxes[:, left, 0]).sum() == on_the_left
+    compared = 0
+    for row, phrases in enumerate(consistent.class_phrases):
+        for number, box in zip(phrases.flatten().tolist(), batch.class_boxes[row].flatten(0, 1), strict=True):
+            words = texts.texts[number].lower().split() if number >= 0 else []
+            if ("left" in words) != ("right" in words):
+                x = 1 - box[0] if rows[row] else box[0]
+                assert ("right" in words) == (x < 0.5)
+                compared += 1
+    assert compared > 3
 
 
 # --- streams
@@ -366,9 +406,11 @@ def test_a_stream_gives_every_record_once(shards, ranks, workers, buffer):
     for index in range(24):
         one = expected[index]
         other = rows[one.images[0].numpy().tobytes()]
-        assert torch.equal(one.anatomy_boxes[0], other["anatomy_boxes"])
-        assert torch.equal(one.anatomy_labels[0], other["anatomy_labels"])
-        assert one.sentences[0][one.sentences[0] >= 0].tolist() == other["sentences"][other["sentences"] >= 0].tolist()
+        for item in fields(Batch):
+            if item.name != "index":
+                wide, narrow = getattr(one, item.name)[0], other[item.name]
+                assert torch.equal(wide[tuple(slice(size) for size in narrow.shape)], narrow), item.name
+                assert (wide > 0).sum() == (narrow > 0).sum(), item.name
 
 
 def test_the_order_of_a_stream(shards):
@@ -389,6 +431,32 @@ def test_the_order_of_a_stream(shards):
     assert sorted(plain) == sorted(shuffled)
     assert len({tuple(order(epoch, shuffle_buffer=8, seed=1)) for epoch in range(3)}) == 3
     assert order(shuffle_buffer=8, seed=2) != shuffled
+
+
+def test_workers_that_stay_get_the_next_epoch(shards):
+    records, files = shards
+    texts = TextTable()
+    texts.add_shards(files)
+    part = stream(files, RecordReader(records.features, PROCESSOR, texts), shuffle_buffer=8)
+    loader = DataLoader(part, batch_size=None, num_workers=1, persistent_workers=True)
+    orders = []
+    for epoch in (0, 1, 0):
+        part.set_epoch(epoch)
+        orders.append([number for batch in loader for number in batch.index.tolist()])
+    assert orders[0] == orders[2] != orders[1]
+    assert part.epoch == 0
+
+
+def test_a_stream_is_shuffled_further_than_a_batch(shards):
+    """Records of several shards meet in a batch, and the first batch does not hold the first records only."""
+    records, files = shards
+    texts = TextTable()
+    texts.add_shards(files)
+    part = stream(files, RecordReader(records.features, PROCESSOR, texts), 4, shuffle_buffer=16, seed=3)
+    place = {zlib.crc32(name.encode()): number for number, name in enumerate(records["sample_id"])}
+    batches = [[place[number] for number in batch.index.tolist()] for batch in part]
+    assert [len(batch) for batch in batches] == [4] * 6
+    assert all(len({number // 4 for number in batch}) > 1 for batch in batches)
 
 
 def test_fewer_shards_than_processes(shards):

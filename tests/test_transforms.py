@@ -184,6 +184,7 @@ def test_an_image_is_changed_by_its_seed_epoch_and_number_alone():
             if len(other[0]) == len(rows):
                 for one, all_of_them in zip(other, together, strict=True):
                     torch.testing.assert_close(one, all_of_them[rows], atol=1e-6, rtol=0)
+    assert Augmentation(AugmentationConfig()).draws(torch.tensor([-1, 4])).shape == (2, Augmentation.NUM_DRAWS)
     for other in (augment(list(range(7)), seed=6), augment(list(range(7)), epoch=3)):
         assert all((one - another).abs().max() > 0.01 for one, another in zip(other[0], together[0], strict=True))
 

@@ -31,7 +31,7 @@ MIN_BOX_SIDE = 1e-3
 NUM_ANATOMIES = len(ANATOMY_NAMES)
 TEXT_COLUMNS = ("sentences", "anatomy_sentences", "objects")
 _OTHER_SIDE = {"left": "right", "right": "left"}
-_SIDE = re.compile(r"\b(?:left|right)(?=\b|ward)", re.IGNORECASE)
+_SIDE = re.compile(r"\b(?:left|right)(?=\b|ward|most\b|sided\b)", re.IGNORECASE)
 
 
 class TextTable:
@@ -85,7 +85,10 @@ class TextTable:
 
 
 def mirror_text(text: str) -> str:
-    """The text with the words left and right exchanged, in their capitalisation."""
+    """
+    The text with the words left and right exchanged, in their capitalisation, also where they begin a longer word
+    (leftward, right-sided). Abbreviations (L, R) stay, and what else the words may mean is not told apart.
+    """
 
     def other(match: re.Match[str]) -> str:
         word = match.group()
@@ -140,6 +143,14 @@ class Batch:
 
     def replace(self, **changed: Tensor) -> "Batch":
         return Batch(**vars(self) | changed)
+
+    def blank(self) -> "Batch":
+        """The same images, of which nothing is known any more; their number becomes -1."""
+        changed = {name: torch.full_like(getattr(self, name), -1) for name in ("index", *_TEXT_FIELDS)}
+        for name, value in vars(self).items():
+            if name not in ("images", *changed):
+                changed[name] = torch.zeros_like(value)
+        return self.replace(**changed)
 
     def swap_sides(self, rows: Tensor, mirror_ids: Tensor) -> "Batch":
         """
@@ -460,10 +471,14 @@ class RecordStream(torch.utils.data.IterableDataset):
             )
         self.shards, self.reader, self.batch_size = [str(path) for path in shards], reader, batch_size
         self.shuffle_buffer, self.seed, self.rank, self.world_size = shuffle_buffer, seed, rank, world_size
-        self.epoch = 0
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # with workers that outlive an epoch
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[Batch]:
         worker = torch.utils.data.get_worker_info()
@@ -481,26 +496,31 @@ class RecordStream(torch.utils.data.IterableDataset):
 
     def _tables(self, shards: Sequence[str], rng: np.random.Generator) -> Iterator[pa.Table]:
         """Tables of `batch_size` rows."""
-        waiting, least = None, max(self.shuffle_buffer, self.batch_size)
+        waiting = pa.table({})
+        left = np.zeros(0, dtype=bool)  # rows of it that have not been drawn
         for shard in shards:
             for part in pq.ParquetFile(shard).iter_batches(self.batch_size):
                 part = pa.Table.from_batches([part])
-                waiting = part if waiting is None else pa.concat_tables([waiting, part])
-                while len(waiting) >= least + self.batch_size:
-                    batch, waiting = self._draw(waiting, rng)
-                    yield batch
-        while waiting is not None and len(waiting):
-            batch, waiting = self._draw(waiting, rng)
-            yield batch
+                waiting = pa.concat_tables([waiting, part]) if len(waiting) else part
+                left = np.concatenate([left, np.ones(len(part), dtype=bool)])
+                while left.sum() >= self.shuffle_buffer + self.batch_size:
+                    yield self._draw(waiting, left, rng)
+                if 2 * left.sum() < len(left):  # seldom, since it copies everything
+                    waiting, left = waiting.filter(pa.array(left)), left[left]
+        while left.any():
+            yield self._draw(waiting, left, rng)
 
-    def _draw(self, table: pa.Table, rng: np.random.Generator) -> tuple[pa.Table, pa.Table]:
-        """The next batch, and the rest."""
-        count = min(self.batch_size, len(table))
-        if not self.shuffle_buffer:
-            return table.slice(0, count), table.slice(count)
-        chosen = np.zeros(len(table), dtype=bool)
-        chosen[rng.choice(len(table), count, replace=False)] = True
-        return table.filter(pa.array(chosen)), table.filter(pa.array(~chosen))
+    def _draw(self, table: pa.Table, left: np.ndarray, rng: np.random.Generator) -> pa.Table:
+        """The next batch, which is marked as drawn."""
+        rows = left.nonzero()[0]
+        if self.shuffle_buffer:
+            rows = np.sort(rng.choice(rows, min(self.batch_size, len(rows)), replace=False))
+        else:
+            rows = rows[: self.batch_size]
+        left[rows] = False
+        chosen = np.zeros(len(left), dtype=bool)
+        chosen[rows] = True
+        return table.filter(pa.array(chosen))
 
 
 def first(batches: list[Batch]) -> Batch:
@@ -527,7 +547,7 @@ def _dense(column: pa.ChunkedArray | pa.Array, shape: tuple[int, ...], dtype: ty
     for _ in shape:
         values = pc.list_flatten(values)
     dense = np.zeros((len(column), *shape), dtype=dtype)
-    dense[known] = values.to_numpy(zero_copy_only=False).reshape(-1, *shape).astype(dtype)
+    dense[known] = values.to_numpy(zero_copy_only=False).reshape(known.sum(), *shape)
     return dense, known
 
 

@@ -108,8 +108,12 @@ class Augmentation:
         self.config, self.seed = config, seed
 
     def draws(self, index: Tensor, epoch: int = 0) -> Tensor:
-        """Uniform numbers in [0, 1) (N, `NUM_DRAWS`), float32 on the CPU, for the images with these numbers (N,)."""
-        rows = [np.random.default_rng([self.seed, epoch, number]).random(self.NUM_DRAWS) for number in index.tolist()]
+        """
+        Uniform numbers in [0, 1) (N, `NUM_DRAWS`), float32 on the CPU, for the images with these numbers (N,), -1 for
+        a stand-in that is no image.
+        """
+        keys = ([self.seed, epoch, number + 1] for number in index.tolist())
+        rows = [np.random.default_rng(key).random(self.NUM_DRAWS) for key in keys]
         return torch.from_numpy(np.array(rows, dtype=np.float32).reshape(-1, self.NUM_DRAWS))
 
     def geometry(self, draws: Tensor) -> GeometricTransform:
