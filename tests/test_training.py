@@ -24,6 +24,7 @@ from training.configuration import CONFIG_DIR, OptimizationConfig, load_config
 from training.data.phantom import render_phantom
 from training.data.preparation import prepare
 from training.loop import learning_rate_factor, run_as_script, set_trainable
+from training.objectives import SINGLE_PROCESS
 
 
 ROOT = Path(__file__).parent.parent
@@ -383,7 +384,7 @@ def uninterrupted(runs, workspace):
 
 def interrupt(monkeypatch, update):
     """Ends the run behind the checkpoint of an update, one batch into the next."""
-    accumulate = loop.Accelerator.accumulate
+    backward = loop.Accelerator.backward
     save = loop.Checkpoints.save
     saved = []
 
@@ -391,15 +392,15 @@ def interrupt(monkeypatch, update):
         save(self, update, models)
         saved.append(update)
 
-    def stop_later(self, *modules):
+    def stop_later(self, *arguments, **options):
         if saved and saved[-1] >= update:
             self.batches_left = getattr(self, "batches_left", 1) - 1
             if self.batches_left < 0:
                 raise Interrupted
-        return accumulate(self, *modules)
+        return backward(self, *arguments, **options)
 
     monkeypatch.setattr(loop.Checkpoints, "save", save_once)
-    monkeypatch.setattr(loop.Accelerator, "accumulate", stop_later)
+    monkeypatch.setattr(loop.Accelerator, "backward", stop_later)
 
 
 def compare(resumed, reference):
@@ -735,7 +736,8 @@ def test_phrases_of_a_step_are_true_or_false(runs, workspace):
     batch = records.__getitems__(list(range(24)))[0]
     own, foreign = 0, 0
     for seed in range(8):
-        phrases, boxes, mask = supervision._choose_phrases(batch, torch.Generator().manual_seed(seed))
+        shared = torch.Generator().manual_seed(seed)
+        phrases, boxes, mask = supervision._choose_phrases(batch, seed, shared, SINGLE_PROCESS)
         assert phrases.shape == (24, 2) and boxes.shape[:2] == mask.shape[:2] == (24, 2)
         for image in range(24):
             written = batch.class_phrases[image]

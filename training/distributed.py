@@ -1,18 +1,36 @@
-"""What the objectives need from the other processes of a distributed run."""
+"""Other processes: what objectives need from them, how long to wait for them, what to say when they are missing."""
+
+import datetime
+import logging
+import os
+import re
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate import InitProcessGroupKwargs
 from torch import Tensor
 
-from training.objectives import SINGLE_PROCESS, Collectives
+from training.objectives import SINGLE_PROCESS, Collectives, StepTotals
 
 
-def process_collectives() -> Collectives:
-    """Collectives over all processes, or the trivial ones without `torch.distributed`."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return SINGLE_PROCESS
-    return Collectives(sum=_sum, gather=_gather)
+logger = logging.getLogger(__name__)
+
+# How long a process waits for the others, in minutes. The slowest that they wait for is the main process while it
+# writes a model; the environment variable of this name is for file systems that are slower than that.
+TIMEOUT_VARIABLE, TIMEOUT_MINUTES = "CHEX_PROCESS_TIMEOUT_MINUTES", 20.0
+# What Gloo and NCCL say when a process that they wait for is gone or late.
+_LOST = re.compile(
+    r"gloo|connection (reset|closed|refused)|broken pipe|timed out waiting|nccl|socket timeout", re.IGNORECASE
+)
+
+
+def process_collectives(totals: StepTotals | None = None) -> Collectives:
+    """Collectives over all processes, or the trivial ones without `torch.distributed`; for one part of a step."""
+    alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
+    collectives = SINGLE_PROCESS if alone else Collectives(sum=_sum, gather=_gather)
+    return collectives if totals is None else replace(collectives, totals=totals, calls=type(collectives.calls)())
 
 
 def _sum(tensor: Tensor) -> Tensor:
@@ -22,7 +40,12 @@ def _sum(tensor: Tensor) -> Tensor:
 
 
 def _gather(tensor: Tensor) -> Tensor:
-    """Concatenates the tensors of all processes along the first axis; smaller ones are padded with zeros (False)."""
+    """
+    Concatenates the tensors of all processes along the first axis; smaller ones are padded with zeros (False). Half
+    precision becomes float32, in which the gradients of all processes are added.
+    """
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        tensor = tensor.float()
     shape = torch.tensor(tensor.shape, device=tensor.device)
     dist.all_reduce(shape, op=dist.ReduceOp.MAX)
     missing = [longest - size for size, longest in zip(tensor.shape, shape.tolist(), strict=True)]
@@ -47,4 +70,45 @@ class _AllGather(torch.autograd.Function):
         return total[dist.get_rank()]
 
 
-__all__ = ["process_collectives"]
+def process_group_options() -> InitProcessGroupKwargs:
+    """
+    How long processes wait for each other.
+
+    Raises:
+        ValueError: The environment variable for it is no positive number.
+    """
+    text = os.environ.get(TIMEOUT_VARIABLE, str(TIMEOUT_MINUTES))
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < 1e6:
+        raise ValueError(f"{TIMEOUT_VARIABLE} must be a number of minutes greater than 0, not {text!r}.")
+    return InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=minutes))
+
+
+def warn_of_missing_processes(num_processes: int) -> None:
+    """`accelerate launch` starts one process where it cannot start more, as on a CPU, and says nothing."""
+    # It announces the meeting point of several processes, but none of them gets a number.
+    if num_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        logger.warning(
+            "The launcher was asked for several processes but has started one, which trains with a batch for one "
+            "process. On CPUs use: ACCELERATE_USE_CPU=true torchrun --nproc_per_node N SCRIPT ..."
+        )
+
+
+def lost_process(error: BaseException) -> str | None:
+    """What to say if an error comes from another process that is gone or does not answer; None for other errors."""
+    if not isinstance(error, RuntimeError) or not dist.is_available() or not dist.is_initialized():
+        return None
+    if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
+        return None
+    first_line = str(error).strip().splitlines()[0]
+    return (
+        f"Process {dist.get_rank()} of {dist.get_world_size()} has lost another one, which ended or did not answer "
+        f"in time ({first_line}). Its own message says why, if it left one; one killed for memory leaves none. The "
+        "same command goes on from the last checkpoint."
+    )
+
+
+__all__ = ["lost_process", "process_collectives", "process_group_options", "warn_of_missing_processes"]

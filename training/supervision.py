@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.image_transforms import center_to_corners_format
 from transformers.loss.loss_for_object_detection import box_iou
 
-from modeling_chex import ChexImageFeatures, ChexModel, ChexSentenceGenerator
+from modeling_chex import ChexImageFeatures, ChexModel, ChexOutput, ChexSentenceGenerator
 from modeling_chex.prompt_detector import soft_roi_pool
 from processing_chex.image_processing_chex import ChexImageProcessor, per_channel
 from processing_chex.prompt_sets import PromptSet, anatomy_prompts
@@ -21,11 +22,15 @@ from training.collate import Batch, TextTable
 from training.configuration import ObjectiveConfig
 from training.distributed import process_collectives
 from training.objectives import (
+    Collectives,
+    StepTotals,
     anatomy_objective,
     choose_for_generation,
     choose_synonyms,
+    image_draws,
     pathology_objective,
     presence_loss,
+    random_order,
     random_subset,
     sentence_detection_loss,
     sentence_objective,
@@ -33,9 +38,13 @@ from training.objectives import (
     subsample_classes,
     weighted_sum,
 )
-from training.objectives.reduction import full_precision
+from training.objectives.reduction import full_precision, masked_mean
 from training.text_features import FeatureDtype, FeatureTable, TextFeatures, TokenTable
 from training.transforms import Augmentation
+
+
+# Keys of what is drawn for each image of a step, besides the seed of the step
+SENTENCES, PHRASES, DESCRIBED_SENTENCES, DESCRIBED_ANATOMIES, ANATOMIES, ANATOMY_TEXTS, FINDING_TEXTS = range(101, 108)
 
 
 class PromptBank(nn.Module):
@@ -65,6 +74,10 @@ class Supervision(nn.Module):
     """
     A model with its losses. Calling it with a batch and a seed returns the named terms with their weighted sum under
     `loss`; being one module, it is what `accelerate` prepares. Parts that are not trained stay in eval mode.
+
+    What is drawn depends on the seed and the numbers of the images, and averages are over the images of all processes:
+    how images are dealt to processes makes no difference. With the `totals` of a step in several parts, they are over
+    all its parts.
     """
 
     def __init__(self, model: nn.Module, keep_frozen_in_train_mode: bool = False):
@@ -80,11 +93,14 @@ class Supervision(nn.Module):
                     part.eval()
         return self
 
-    @staticmethod
-    def generators(seed: int) -> tuple[torch.Generator, torch.Generator]:
-        """For draws that all processes share (classes, synonyms), and for those of this process (sentences)."""
-        rank = PartialState().process_index
-        return torch.Generator().manual_seed(seed), torch.Generator().manual_seed((rank + 1) * 1_000_003 + seed)
+    @torch.no_grad()
+    def count(self, batch: Batch | Tensor, seed: int, epoch: int, totals: StepTotals) -> None:
+        """Adds what the averages of this part of a step are over to the totals, without running the model."""
+        self(batch, seed=seed, epoch=epoch, totals=totals)
+
+    def blank(self, batch: Batch | Tensor) -> Batch | Tensor:
+        """A batch of the same shape that teaches nothing, for a process that has nothing of a step."""
+        return batch.blank() if isinstance(batch, Batch) else torch.full_like(batch, -1)
 
 
 class ImageSupervision(Supervision):
@@ -107,13 +123,14 @@ class ImageSupervision(Supervision):
         mirror_ids = texts.mirror_ids() if augmentation.config.flip == "consistent" else None
         self.register_buffer("mirror_ids", mirror_ids, persistent=False)
 
-    def prepare(self, batch: Batch, epoch: int) -> tuple[Tensor, Batch]:
-        """Pixel values (N, 3, S, S) and the batch with its boxes moved; augmented in training mode."""
-        images = batch.images.float() / 255
+    def prepare(self, batch: Batch, epoch: int, counting: bool = False) -> tuple[Tensor | None, Batch]:
+        """Pixel values (N, 3, S, S), unless only counting, and the batch with moved boxes; augmented in training."""
+        images = None if counting else batch.images.float() / 255
         if self.training:
             draws = self.augmentation.draws(batch.index, epoch)
-            transform = self.augmentation.geometry(draws).to(images.device)
-            images = self.augmentation.intensity(transform.images(images, self.side), draws)
+            transform = self.augmentation.geometry(draws).to(batch.images.device)
+            if not counting:
+                images = self.augmentation.intensity(transform.images(images, self.side), draws)
             anatomy_boxes, anatomy_present = transform.boxes(batch.anatomy_boxes, batch.anatomy_present)
             class_boxes, class_box_mask = transform.boxes(batch.class_boxes, batch.class_box_mask)
             batch = batch.replace(
@@ -124,8 +141,10 @@ class ImageSupervision(Supervision):
             )
             if self.mirror_ids is not None:
                 batch = batch.swap_sides(transform.mirrored, self.mirror_ids)
-        elif images.shape[-1] != self.side:
+        elif not counting and images.shape[-1] != self.side:
             images = F.interpolate(images, size=(self.side, self.side), mode="bilinear", align_corners=False)
+        if counting:
+            return None, batch
         return ((images - self.image_mean) / self.image_std).expand(-1, 3, -1, -1), batch
 
 
@@ -165,24 +184,26 @@ class ChexSupervision(ImageSupervision):
             longest = model.config.generator_config.max_generation_length
             self.text_tokens = TokenTable(generator_tokenizer, texts.texts, longest, start_and_end=True)
 
-    def forward(self, batch: Batch, seed: int, epoch: int = 0) -> dict[str, Tensor]:
-        (shared, local), collectives = self.generators(seed), process_collectives()
-        pixel_values, batch = self.prepare(batch, epoch)
-        image_features = self.model.get_image_features(pixel_values)
+    def forward(self, batch: Batch, seed: int, epoch: int = 0, totals: StepTotals | None = None) -> dict[str, Tensor]:
+        # for draws that all processes share
+        shared, collectives = torch.Generator().manual_seed(seed), process_collectives(totals)
+        model = Outline(self.model, len(batch.images)) if collectives.counting else self.model
+        pixel_values, batch = self.prepare(batch, epoch, collectives.counting)
+        image_features = model.get_image_features(pixel_values)
         options, terms = self.objectives, self.terms
         num_images, device = len(batch.images), batch.images.device
 
         queries: dict[str, tuple[Tensor, Tensor | None]] = {}
         sentences = sentence_features = None
         if terms & {"global_contrastive", "sentence_contrastive", "sentence_mse", "sentence_generation"}:
-            sentences = self._choose_sentences(batch.sentences, local)
+            sentences = self._choose_sentences(batch, seed)
             sentence_features = self.text_features(sentences)
             if terms & {"sentence_contrastive", "sentence_mse", "sentence_generation"}:
                 queries["sentences"] = (sentence_features, sentences >= 0)
 
         phrase_boxes = phrase_mask = None
         if "sentence_detection" in terms:
-            phrases, phrase_boxes, phrase_mask = self._choose_phrases(batch, local)
+            phrases, phrase_boxes, phrase_mask = self._choose_phrases(batch, seed, shared, collectives)
             queries["phrases"] = (self.text_features(phrases), phrases >= 0)
 
         anatomies, kept, from_boxes = None, None, False
@@ -208,7 +229,7 @@ class ChexSupervision(ImageSupervision):
             classes = subsample_classes(available, limit, shared).nonzero().squeeze(1)
             queries["classes"] = (positive[classes].expand(num_images, -1, -1), None)
 
-        answers = self._answer(image_features, queries)
+        answers = self._answer(model, image_features, queries)
         losses: dict[str, Tensor] = {}
         if sentences is not None:
             answer = answers.get("sentences", {})
@@ -222,8 +243,9 @@ class ChexSupervision(ImageSupervision):
                 collectives=collectives,
             )
             if "sentence_generation" in terms:
+                draws = image_draws(batch.index, sentences.shape[1:], seed, DESCRIBED_SENTENCES)
                 losses["sentence_generation"] = self._generation_loss(
-                    answer["query_features"], sentences, sentences >= 0, local
+                    model, answer["query_features"], sentences, draws, collectives.of("sentence_generation")
                 )
         if phrase_boxes is not None:
             losses["sentence_detection"] = sentence_detection_loss(
@@ -234,11 +256,21 @@ class ChexSupervision(ImageSupervision):
                 phrases >= 0,
                 options.pathology.detection,
                 options.mode,
-                collectives,
+                collectives.of("sentence_detection"),
             )
         if anatomies is not None:
             losses |= self._anatomy_terms(
-                answers.get("anatomies"), image_features, batch, anatomies, kept, positive, negative, shared, local
+                model,
+                answers.get("anatomies"),
+                image_features,
+                batch,
+                anatomies,
+                kept,
+                positive,
+                negative,
+                seed,
+                shared,
+                collectives,
             )
         if classes is not None:
             answer = answers["classes"]
@@ -262,29 +294,41 @@ class ChexSupervision(ImageSupervision):
         metrics = {name: losses.pop(name) for name in list(losses) if name.startswith("metric/")}
         return {"loss": weighted_sum(losses, options.weights)} | losses | metrics
 
-    def _choose_sentences(self, sentences: Tensor, generator: torch.Generator) -> Tensor:
+    def _choose_sentences(self, batch: Batch, seed: int) -> Tensor:
         """Drops columns without sentences; with a limit, draws so many sentences of each image."""
-        limit = self.objectives.sentences_per_image
-        if limit is not None and self.training and sentences.shape[1] > limit:
-            sentences = sentences.gather(1, _random_order(sentences >= 0, generator)[:, :limit])
+        limit, sentences = self.objectives.sentences_per_image, batch.sentences
+        if limit is not None and self.training:
+            draws = image_draws(batch.index, sentences.shape[1:], seed, SENTENCES)
+            sentences = sentences.gather(1, random_order(sentences >= 0, draws)[:, :limit])
         return sentences[:, (sentences >= 0).any(0)]
 
-    def _choose_phrases(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def _choose_phrases(
+        self, batch: Batch, seed: int, shared: torch.Generator, collectives: Collectives
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """
         Two phrases for each image (N, 2), -1 for none, and their boxes (N, 2, T, 4) with their mask: one of its own
-        that is grounded, and one of another image about a class that is absent here, which has no box.
+        that is grounded, and one of another image of the step about a class that is absent here, which has no box.
         """
-        slots = batch.class_phrases.shape[2]
+        count, slots = batch.class_phrases.shape[1:]
         grounded = batch.class_box_mask.flatten(1) & (batch.class_phrases.flatten(1) >= 0)
-        chosen = _random_order(grounded, generator)[:, :1]
+        draws = image_draws(batch.index, (slots, count), seed, PHRASES).mT.flatten(1)
+        chosen = random_order(grounded, draws)[:, :1]
         own = batch.class_phrases.flatten(1).gather(1, chosen).masked_fill(~grounded.gather(1, chosen), -1)
         rows, classes = torch.arange(len(chosen), device=chosen.device), chosen.squeeze(1) // slots
         mask = batch.class_box_mask[rows, classes] & (batch.class_phrases[rows, classes] == own)
 
-        shift = int(torch.randint(1, max(2, len(own)), (1,), generator=generator))
-        place = (rows, classes.roll(shift))
-        absent = batch.has_class_labels[place] & ~batch.class_labels[place].bool()
-        foreign = own.roll(shift, 0).masked_fill(~absent[:, None], -1)
+        # Images stand in the order of their numbers, and each gets the phrase of the one so many places before it.
+        numbers = batch.index + 1
+        offers = collectives.gather(torch.stack([numbers, own.squeeze(1), classes], dim=1))
+        offers = offers[offers[:, 0] > 0]  # neither padding nor stand-ins
+        offers = offers[offers[:, 0].argsort(stable=True)]
+        shift = int(torch.randint(1, max(2, len(offers)), (1,), generator=shared))
+        places = torch.searchsorted(offers[:, 0].contiguous(), numbers) - shift
+        _, foreign, about = (
+            offers[places % max(1, len(offers))].unbind(1) if len(offers) else offers.new_full((3, len(numbers)), -1)
+        )
+        absent = batch.has_class_labels[rows, about] & ~batch.class_labels[rows, about].bool()
+        foreign = foreign.masked_fill(~absent, -1)[:, None]
         boxes = batch.class_boxes[rows, classes]
         return (
             torch.cat([own, foreign], dim=1),
@@ -311,7 +355,10 @@ class ChexSupervision(ImageSupervision):
         return self.objectives.multi_anatomies and "anatomy_detection" in self.terms
 
     def _answer(
-        self, image_features: ChexImageFeatures, queries: dict[str, tuple[Tensor, Tensor | None]]
+        self,
+        model: "ChexModel | Outline",
+        image_features: ChexImageFeatures,
+        queries: dict[str, tuple[Tensor, Tensor | None]],
     ) -> dict[str, dict[str, Tensor]]:
         fields = ("query_features", "region_boxes", "region_scores", "region_features", "boxes")
         roi_skip = None if self.training else True
@@ -331,9 +378,7 @@ class ChexSupervision(ImageSupervision):
                     ],
                     dim=1,
                 )
-            output = self.model(
-                image_features=image_features, prompt_features=features, query_mask=mask, roi_skip=roi_skip
-            )
+            output = model(image_features=image_features, prompt_features=features, query_mask=mask, roi_skip=roi_skip)
             sizes = [queries[name][0].shape[1] for name in group]
             for field in fields:
                 for name, part in zip(group, output[field].split(sizes, dim=1), strict=True):
@@ -342,6 +387,7 @@ class ChexSupervision(ImageSupervision):
 
     def _anatomy_terms(
         self,
+        model: "ChexModel | Outline",
         answer: dict[str, Tensor] | None,
         image_features: ChexImageFeatures,
         batch: Batch,
@@ -349,14 +395,15 @@ class ChexSupervision(ImageSupervision):
         kept: Tensor,
         positive: Tensor,
         negative: Tensor,
+        seed: int,
         shared: torch.Generator,
-        local: torch.Generator,
+        collectives: Collectives,
     ) -> dict[str, Tensor]:
         options, terms, count = self.objectives, self.terms, len(anatomies)
         boxes, present = batch.anatomy_boxes[:, anatomies], batch.anatomy_present[:, anatomies]
         arguments: dict[str, Tensor] = {}
         if answer is None:
-            features = self.model.encode_boxes(image_features, boxes)
+            features = model.encode_boxes(image_features, boxes)
             terms = terms - {"anatomy_detection"}
         else:
             features = answer["query_features"][:, :count]
@@ -387,14 +434,14 @@ class ChexSupervision(ImageSupervision):
             options=options.anatomy,
             objective_mode=options.mode,
             generator=shared,
-            collectives=process_collectives(),
+            collectives=collectives,
             **arguments,
         )
         if "anatomy_statement" in terms:
             labels, observed, asked = batch.anatomy_labels[:, anatomies], present, features
             if answer is not None:
                 # Also of every annotated box: regions are classified from boxes, and pooling costs little.
-                given = self.model.encode_boxes(image_features, batch.anatomy_boxes)
+                given = model.encode_boxes(image_features, batch.anatomy_boxes)
                 asked = torch.cat([features, given], dim=1)
                 labels = torch.cat([labels, batch.anatomy_labels], dim=1)
                 observed = torch.cat([present, batch.anatomy_present], dim=1)
@@ -404,38 +451,111 @@ class ChexSupervision(ImageSupervision):
                 negative,
                 labels,
                 observed[..., None] & batch.has_anatomy_labels[:, None],
-                collectives=process_collectives(),
+                collectives=collectives.of("anatomy_statement"),
             )
         if "anatomy_presence" in terms and answer is not None:
             losses["anatomy_presence"] = presence_loss(
                 answer["region_scores"][:, :count],
                 present,
                 batch.has_anatomy_boxes[:, None].expand_as(present),
-                process_collectives(),
+                collectives.of("anatomy_presence"),
             )
         if "anatomy_generation" in terms:
-            texts = batch.anatomy_texts[:, anatomies]
-            losses["anatomy_generation"] = self._generation_loss(features, texts, (texts >= 0) & present & kept, local)
-        if answer is not None and not self.training and present.any():
+            texts = batch.anatomy_texts[:, anatomies].masked_fill(~(present & kept), -1)
+            draws = image_draws(batch.index, (len(ANATOMY_NAMES),), seed, DESCRIBED_ANATOMIES)[:, anatomies.cpu()]
+            losses["anatomy_generation"] = self._generation_loss(
+                model, features, texts, draws, collectives.of("anatomy_generation")
+            )
+        if answer is not None and not self.training:
             corners = center_to_corners_format(answer["boxes"][:, :count])
             targets = center_to_corners_format(boxes)
             iou = torch.stack([box_iou(c, t)[0].diagonal() for c, t in zip(corners, targets, strict=True)])
-            losses["metric/anatomy_miou"] = iou[present].mean()
+            counted = collectives.of("metric/anatomy_miou")
+            mean = masked_mean(iou, present, counted)
+            if counted.total(present.sum()) > 0:
+                losses["metric/anatomy_miou"] = mean
         return losses
 
-    def _generation_loss(self, features: Tensor, texts: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
-        """Cross-entropy of the sentences (N, Q) given the features (N, Q, D) of the chosen queries."""
-        images, queries = choose_for_generation(mask, self.objectives.sentences_per_generation, generator)
-        if len(images) == 0:
-            return features.sum() * 0.0
-        chosen = texts[images, queries]
-        return sentence_loss(self.model.sentence_generator, features[images, queries], *self.text_tokens(chosen))
+    def _generation_loss(
+        self, model: "ChexModel | Outline", features: Tensor, texts: Tensor, draws: Tensor, collectives: Collectives
+    ) -> Tensor:
+        """Cross-entropy of some of the texts (N, Q), -1 for none, given the features (N, Q, D) of their queries."""
+        chosen = choose_for_generation(
+            texts >= 0, self.objectives.sentences_per_generation, draws=draws, collectives=collectives
+        )
+        return sentence_loss(model.sentence_generator, features[chosen], texts[chosen], self.text_tokens, collectives)
 
 
-def sentence_loss(sentence_generator: ChexSentenceGenerator, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Teacher-forced cross-entropy of token ids (S, T) given features (S, D) or (S, L, D), padding left out."""
-    labels = sentence_generator.target_labels(ids, mask)
-    return sentence_generator(input_ids=ids, attention_mask=mask, features=features, labels=labels).loss
+def sentence_loss(
+    sentence_generator: ChexSentenceGenerator,
+    features: Tensor,
+    texts: Tensor,
+    tokens: TokenTable,
+    collectives: Collectives,
+) -> Tensor:
+    """
+    Teacher-forced cross-entropy of texts (S,) given features (S, D) or (S, L, D): mean over all their tokens but the
+    first, in all processes and parts of the step. Texts of -1 have none.
+    """
+    if len(tokens.lengths) == 0:
+        return features.sum() * 0.0
+    if len(texts) == 0:  # a generator that is spread over the processes needs all of them in every pass
+        features, texts = features.sum(0, keepdim=True), texts.new_full((1,), -1)
+    ids, mask = tokens(texts.clamp_min(0))
+    labels = sentence_generator.target_labels(ids, mask).masked_fill(texts[:, None] < 0, -100)
+    count = collectives.mean_count((labels[:, 1:] != -100).sum().float())
+    return sentence_generator(
+        input_ids=ids, attention_mask=mask, features=features, labels=labels, num_items_in_batch=count
+    ).loss
+
+
+class Outline:
+    """
+    Stands in for a model while a part of a step is only counted: outputs of its shapes, all zero.
+
+    Args:
+        model: Whose part it takes.
+        num_images: N of this part.
+    """
+
+    def __init__(self, model: ChexModel, num_images: int):
+        config = model.config
+        self.num_images, self.size, self.regions = (
+            num_images,
+            config.projection_dim,
+            config.detector_config.num_regions,
+        )
+        self.zeros = torch.zeros((), device=model.device)
+        self.sentence_generator = GeneratorOutline()
+
+    def get_image_features(self, pixel_values: None) -> ChexImageFeatures:
+        images = self.zeros.expand(self.num_images, self.size)
+        return ChexImageFeatures(pooler_output=images, patch_features=images[:, None, None])
+
+    def get_prompt_features(self, ids: Tensor) -> Tensor:
+        return self.zeros.expand(len(ids), self.size)
+
+    def encode_boxes(self, image_features: ChexImageFeatures, boxes: Tensor) -> Tensor:
+        return self.zeros.expand(*boxes.shape[:2], self.size)
+
+    def __call__(self, image_features: ChexImageFeatures, prompt_features: Tensor, **others: object) -> ChexOutput:
+        queries = (self.num_images, prompt_features.shape[1])
+        return ChexOutput(
+            boxes=self.zeros.expand(*queries, 4),
+            query_features=self.zeros.expand(*queries, self.size),
+            region_boxes=self.zeros.expand(*queries, self.regions, 4),
+            region_scores=self.zeros.expand(*queries, self.regions),
+            region_features=self.zeros.expand(*queries, self.regions, self.size),
+        )
+
+
+class GeneratorOutline:
+    """The same for a sentence generator, of which only the loss is asked."""
+
+    target_labels = staticmethod(ChexSentenceGenerator.target_labels)
+
+    def __call__(self, features: Tensor, **others: object) -> SimpleNamespace:
+        return SimpleNamespace(loss=features.sum() * 0.0)
 
 
 class ContrastiveSupervision(ImageSupervision):
@@ -474,24 +594,35 @@ class ContrastiveSupervision(ImageSupervision):
         self.logit_scale = nn.Parameter(torch.full((3,), 2.6592))  # as CLIP's; for each loss
         self.sentences_per_image, self.regions_per_image = sentences_per_image, regions_per_image
 
-    def forward(self, batch: Batch, seed: int, epoch: int = 0) -> dict[str, Tensor]:
-        _, generator = self.generators(seed)
-        pixel_values, batch = self.prepare(batch, epoch)
-        image_features = self.model.get_image_features(pixel_values)
+    def forward(self, batch: Batch, seed: int, epoch: int = 0, totals: StepTotals | None = None) -> dict[str, Tensor]:
+        collectives = process_collectives(totals)
+        model = Outline(self.model, len(batch.images)) if collectives.counting else self.model
+        scales = torch.zeros_like(self.logit_scale) if collectives.counting else self.logit_scale
+        pixel_values, batch = self.prepare(batch, epoch, collectives.counting)
+        image_features = model.get_image_features(pixel_values)
 
-        sentences = batch.sentences.gather(
-            1, _random_order(batch.sentences >= 0, generator)[:, : self.sentences_per_image]
+        # Texts and images of all processes are compared; each of them computes the whole of these two losses.
+        draws = image_draws(batch.index, batch.sentences.shape[1:], seed, SENTENCES)
+        chosen = batch.sentences.gather(1, random_order(batch.sentences >= 0, draws)[:, : self.sentences_per_image])
+        real = collectives.gather(batch.index + 1) > 0
+        pooled, written = (
+            collectives.gather(image_features.pooler_output)[real],
+            _gather_texts(batch.sentences, collectives),
         )
-        image_texts = sentences[sentences >= 0].unique()
-        positives = (batch.sentences[:, :, None] == image_texts).any(1)  # (N, U): sentence u is true for image n
-        global_loss = self._loss(image_features.pooler_output, image_texts, positives, self.logit_scale[0])
+        texts = _gather_texts(chosen, collectives).unique()
+        texts = texts[texts >= 0]
+        positives = (written[real][:, :, None] == texts).any(1)  # (N, U): sentence u is true for image n
+        global_loss = self._loss(model, pooled, texts, positives, scales[0], collectives.of("global_contrastive"))
 
-        boxes, texts, mask = self._regions(batch, generator)
-        pooled = soft_roi_pool(image_features.patch_features, boxes)[mask]
-        region_texts, own = texts[mask].unique(return_inverse=True)
-        positives = F.one_hot(own, len(region_texts)).bool()
-        region_loss = self._loss(pooled, region_texts, positives, self.logit_scale[1])
-        classification_loss = self._classification(image_features, batch)
+        boxes, texts, mask = self._regions(batch, seed)
+        mask = collectives.gather(mask)
+        pooled = collectives.gather(soft_roi_pool(image_features.patch_features, boxes))[mask]
+        texts, own = _gather_texts(texts, collectives)[mask].unique(return_inverse=True)
+        positives = F.one_hot(own, len(texts)).bool()
+        region_loss = self._loss(model, pooled, texts, positives, scales[1], collectives.of("region_contrastive"))
+        classification_loss = self._classification(
+            model, image_features, batch, scales[2], collectives.of("region_classification")
+        )
         return {
             "loss": global_loss + region_loss + classification_loss,
             "global_contrastive": global_loss.detach(),
@@ -499,60 +630,91 @@ class ContrastiveSupervision(ImageSupervision):
             "region_classification": classification_loss.detach(),
         }
 
-    def _classification(self, image_features: ChexImageFeatures, batch: Batch) -> Tensor:
+    def _classification(
+        self,
+        model: "ChexModel | Outline",
+        image_features: ChexImageFeatures,
+        batch: Batch,
+        logit_scale: Tensor,
+        collectives: Collectives,
+    ) -> Tensor:
         """Pooled patches of every annotated region choose between "X" and "No X" for every finding."""
-        prompts = self.model.get_prompt_features(self.text_tokens(self.statements.flatten())[0])
+        prompts = model.get_prompt_features(self.text_tokens(self.statements.flatten())[0])
         positive, negative = prompts.unflatten(0, self.statements.shape)
         pooled = soft_roi_pool(image_features.patch_features, batch.anatomy_boxes)
         observed = batch.anatomy_present[..., None] & batch.has_anatomy_labels[:, None]
-        temperature = self.logit_scale[2].clamp(max=4.6052).neg().exp()
-        return statement_loss(pooled, positive, negative, batch.anatomy_labels, observed, temperature)
+        temperature = logit_scale.clamp(max=4.6052).neg().exp()
+        return statement_loss(pooled, positive, negative, batch.anatomy_labels, observed, temperature, collectives)
 
-    def _regions(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def _regions(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes (N, K, 4), their texts (N, K) and valid ones (N, K): some anatomies and all findings of each image."""
-        order = _random_order(batch.anatomy_present, generator)[:, : self.regions_per_image]
+        draws = image_draws(batch.index, batch.anatomy_present.shape[1:], seed, ANATOMIES)
+        order = random_order(batch.anatomy_present, draws)[:, : self.regions_per_image]
         boxes = torch.cat(
             [batch.anatomy_boxes.gather(1, order[..., None].expand(-1, -1, 4)), batch.class_boxes.flatten(1, 2)], 1
         )
         mask = torch.cat([batch.anatomy_present.gather(1, order), batch.class_box_mask.flatten(1)], 1)
         written = torch.cat([batch.anatomy_texts.gather(1, order), batch.class_phrases.flatten(1)], 1)
-        slots = batch.class_boxes.shape[2]
+        count, slots = batch.class_boxes.shape[1:3]
         class_names = self.class_names.repeat_interleave(slots, 0).expand(len(order), -1, -1)
         width = max(self.region_names.shape[1], class_names.shape[2])
         names = torch.cat(
             [F.pad(part, (0, width - part.shape[2]), value=-1) for part in (self.region_names[order], class_names)], 1
         )
-        names = names.gather(2, _random_order(names >= 0, generator)[..., :1]).squeeze(2)
-        by_name = torch.rand(written.shape, generator=generator).to(written.device) < 0.5
+        of_anatomies = image_draws(batch.index, (order.shape[1], width + 1), seed, ANATOMY_TEXTS)
+        of_findings = image_draws(batch.index, (slots, count, width + 1), seed, FINDING_TEXTS)
+        draws = torch.cat([of_anatomies, of_findings.transpose(1, 2).flatten(1, 2)], 1)  # (N, K, width + 1)
+        names = names.gather(2, random_order(names >= 0, draws[..., :-1])[..., :1]).squeeze(2)
+        by_name = draws[..., -1].to(written.device) < 0.5
         texts = torch.where(by_name | (written < 0), names, written)
         return boxes, texts, mask
 
-    def _loss(self, features: Tensor, texts: Tensor, positives: Tensor, logit_scale: Tensor) -> Tensor:
+    def _loss(
+        self,
+        model: "ChexModel | Outline",
+        features: Tensor,
+        texts: Tensor,
+        positives: Tensor,
+        logit_scale: Tensor,
+        collectives: Collectives,
+    ) -> Tensor:
         if len(texts) == 0:
             return features.sum() * 0.0
-        text_features = self.model.get_prompt_features(self.text_tokens(texts)[0])
-        return _contrastive_loss(features, text_features, positives, logit_scale)
+        return _contrastive_loss(
+            features, self._encode(model, texts, collectives), positives, logit_scale, collectives
+        )
+
+    def _encode(self, model: "ChexModel | Outline", texts: Tensor, collectives: Collectives) -> Tensor:
+        """Features (U, D) of texts (U,), the same ones in all processes, each of which encodes a share."""
+        state = PartialState()
+        share = -(-len(texts) // state.num_processes)
+        # the last share is filled up, so that all have the same length
+        padded = torch.cat([texts, texts[-1:].expand(share * state.num_processes - len(texts))])
+        ids, _ = self.text_tokens(padded[share * state.process_index :][:share])
+        return collectives.gather(model.get_prompt_features(ids))[: len(texts)]
 
 
-def _random_order(mask: Tensor, generator: torch.Generator) -> Tensor:
-    """Indices along the last axis in random order, the valid ones (bool mask of the same shape) first."""
-    draws = torch.rand(mask.shape, generator=generator).to(mask.device)
-    return draws.masked_fill(~mask, 2.0).argsort(-1)
+def _gather_texts(texts: Tensor, collectives: Collectives) -> Tensor:
+    """Numbers of texts (N, ...) of all processes, -1 for none and where they are padded."""
+    return collectives.gather(texts + 1) - 1
 
 
 @full_precision
-def _contrastive_loss(features: Tensor, text_features: Tensor, positives: Tensor, logit_scale: Tensor) -> Tensor:
+def _contrastive_loss(
+    features: Tensor, text_features: Tensor, positives: Tensor, logit_scale: Tensor, collectives: Collectives
+) -> Tensor:
     """Both directions between features (N, D) and text features (U, D), of which those in the mask (N, U) belong."""
     scale = logit_scale.clamp(max=4.6052).exp()
     logits = scale * F.normalize(features, dim=-1) @ F.normalize(text_features, dim=-1).mT
-    return (_multi_positive_loss(logits, positives) + _multi_positive_loss(logits.mT, positives.mT)) / 2
+    losses = [_multi_positive_loss(logits, positives, collectives)]
+    losses.append(_multi_positive_loss(logits.mT, positives.mT, collectives))
+    return sum(losses) / 2
 
 
-def _multi_positive_loss(logits: Tensor, positives: Tensor) -> Tensor:
+def _multi_positive_loss(logits: Tensor, positives: Tensor, collectives: Collectives) -> Tensor:
     """Mean negative log-likelihood of the positives of each row, over the rows that have any."""
     log_likelihood = (logits.log_softmax(-1) * positives).sum(-1) / positives.sum(-1).clamp_min(1)
-    valid = positives.any(-1)
-    return -(log_likelihood * valid).sum() / valid.sum().clamp_min(1)
+    return -masked_mean(log_likelihood, positives.any(-1), collectives)
 
 
 class GeneratorSupervision(Supervision):
@@ -578,10 +740,12 @@ class GeneratorSupervision(Supervision):
         self.feature_dropout = nn.Dropout(feature_dropout)
         self.max_copies = max_copies
 
-    def forward(self, batch: Tensor, seed: int, epoch: int = 0) -> dict[str, Tensor]:
-        copies = int(torch.randint(1, self.max_copies + 1, (1,), generator=self.generators(seed)[0]))
+    def forward(self, batch: Tensor, seed: int, epoch: int = 0, totals: StepTotals | None = None) -> dict[str, Tensor]:
+        collectives = process_collectives(totals)
+        model = GeneratorOutline() if collectives.counting else self.model
+        copies = int(torch.randint(1, self.max_copies + 1, (1,), generator=torch.Generator().manual_seed(seed)))
         features = self.feature_dropout(self.text_features(batch)[:, None].repeat(1, copies, 1))
-        loss = sentence_loss(self.model, features, *self.text_tokens(batch))
+        loss = sentence_loss(model, features, batch, self.text_tokens, collectives.of("generation"))
         return {"loss": loss, "generation": loss.detach()}
 
 

@@ -24,10 +24,12 @@ from .detection import (
     sentence_detection_loss,
 )
 from .matching import Matching, giou_cost, l1_cost, match_regions, pairwise
-from .reduction import SINGLE_PROCESS, Collectives
+from .reduction import SINGLE_PROCESS, Collectives, StepTotals
 from .sampling import (
     choose_for_generation,
     choose_synonyms,
+    image_draws,
+    random_order,
     random_subset,
     subsample_classes,
     subsample_classes_by_frequency,
@@ -63,6 +65,7 @@ __all__ = [
     "PathologyDetectionLoss",
     "PathologyOptions",
     "SentenceOptions",
+    "StepTotals",
     "anatomy_classification_loss",
     "anatomy_detection_loss",
     "anatomy_objective",
@@ -71,6 +74,7 @@ __all__ = [
     "focal_loss",
     "giou_cost",
     "global_contrastive_loss",
+    "image_draws",
     "l1_cost",
     "match_regions",
     "pairwise",
@@ -78,6 +82,7 @@ __all__ = [
     "pathology_detection_loss",
     "pathology_objective",
     "presence_loss",
+    "random_order",
     "random_subset",
     "sentence_detection_loss",
     "sentence_contrastive_loss",

@@ -22,6 +22,7 @@ def global_contrastive_loss(
     text_features: Tensor,
     temperature: float = 0.2,
     mask: Tensor | None = None,
+    collectives: Collectives = SINGLE_PROCESS,
 ) -> Tensor:
     """Global contrastive loss between whole images and whole reports (ChEX, sentence tokens).
 
@@ -36,6 +37,7 @@ def global_contrastive_loss(
         text_features: (N, D) t, the mean of the image's sentence features.
         temperature: tau.
         mask: (N,) bool, images that have a report; the others are neither rows nor candidates.
+        collectives: of a distributed run, in which every process has gathered the same features.
 
     Returns:
         A scalar.
@@ -45,7 +47,7 @@ def global_contrastive_loss(
     logits = _cosine(keep_valid(image_features, mask), keep_valid(text_features, mask)) / temperature  # (N, N)
     image_to_text = _nll_of_diagonal(logits, mask[None, :])
     text_to_image = _nll_of_diagonal(logits.T, mask[None, :])
-    return masked_mean(image_to_text + text_to_image, mask)
+    return masked_mean(image_to_text + text_to_image, mask, collectives)
 
 
 @full_precision
@@ -58,6 +60,7 @@ def sentence_contrastive_loss(
     lambda_sentence_to_region: float = 0.0,
     cross_image_negatives: bool = True,
     sentence_ids: Tensor | None = None,
+    collectives: Collectives = SINGLE_PROCESS,
 ) -> Tensor:
     """Sentence contrastive loss between ROI features and the sentences they were queried with (ChEX, sentence tokens).
 
@@ -78,6 +81,7 @@ def sentence_contrastive_loss(
         cross_image_negatives: whether sentences of other images are negatives.
         sentence_ids: (N, S) integers, equal for identical sentences. If given, identical sentences elsewhere are no
             longer negatives of each other; by default, as in the paper, they are.
+        collectives: of a distributed run, in which every process has gathered the same features.
 
     Returns:
         A scalar.
@@ -99,7 +103,7 @@ def sentence_contrastive_loss(
         loss = loss + lambda_region_to_sentence * _nll_of_diagonal(logits, candidates)
     if lambda_sentence_to_region:
         loss = loss + lambda_sentence_to_region * _nll_of_diagonal(logits.mT, candidates)
-    return mean_over_images(loss.reshape(images, sentences), mask)
+    return mean_over_images(loss.reshape(images, sentences), mask, collectives)
 
 
 @full_precision

@@ -80,7 +80,7 @@ def focal_loss(
 
     with p clamped to [1e-7, 1 - 1e-7] inside the logarithms only. The automatic alpha weighs the rarer kind up,
 
-        alpha = (n_neg + 1) / (n_pos + n_neg + 2)      counted over the whole tensor
+        alpha = (n_neg + 1) / (n_pos + n_neg + 2)      counted over the whole tensor (step)
 
     Args:
         probabilities: (...) p, or logits with `from_logits`.
@@ -101,7 +101,7 @@ def focal_loss(
     if from_logits:
         probabilities = probabilities.sigmoid()
     if alpha is None:
-        positives, total = collectives.sum(torch.stack([(targets & mask).sum(), mask.sum()])).unbind()
+        positives, total = collectives.total(torch.stack([(targets & mask).sum(), mask.sum()])).unbind()
         alpha = (total - positives + 1) / (total + 2)
     clamped = probabilities.clamp(1e-7, 1 - 1e-7)
     at_positive = -alpha * (1 - probabilities) ** gamma * clamped.log()
@@ -297,6 +297,8 @@ def sentence_detection_loss(
         target_mask: (N, S, T) bool, valid targets; none for a phrase that is not true of the image.
         annotated: (N, S) bool, phrases that take part.
         options: coefficients of matching and boxes.
+        objective_mode: see `pathology_detection_loss`.
+        collectives: the other processes of a distributed run.
 
     Returns:
         A scalar.

@@ -1,8 +1,9 @@
 """Shared numerics of the objectives: masked means, empty supervision, other processes, precision."""
 
 import functools
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -17,6 +18,39 @@ def _identity(tensor: Tensor) -> Tensor:
     return tensor
 
 
+class StepTotals:
+    """
+    What the averages of a step divide by, for a step that is computed in parts one after another: accumulated
+    gradients, or the batches of a validation split.
+
+    The counts depend on annotations and draws alone. So every part is first only counted, `finish` adds up parts and
+    processes, and then the losses of the parts are parts of one average over all of them.
+    """
+
+    def __init__(self):
+        self.finished = False
+        self.processes = 1.0
+        self._sums: dict[tuple[str, int], Tensor] = {}
+
+    def look_up(self, key: tuple[str, int], count: Tensor) -> Tensor:
+        """The total behind a key; while parts are counted, adds this one and returns it."""
+        if not self.finished:
+            self._sums[key] = self._sums.get(key, 0) + count.detach().double()
+            return count
+        return self._sums[key].to(count)
+
+    def finish(self, collectives: "Collectives") -> None:
+        """Adds up the processes, which have counted the same keys."""
+        keys = sorted(self._sums)
+        counts = [torch.ones(1, dtype=torch.float64), *(self._sums[key].flatten().cpu() for key in keys)]
+        devices = [self._sums[key].device for key in keys]
+        device = devices[0] if devices else torch.device("cpu")
+        totals = collectives.sum(torch.cat(counts).to(device)).split([len(count) for count in counts])
+        self.processes = totals[0].item()
+        self._sums = {key: total.view(self._sums[key].shape) for key, total in zip(keys, totals[1:], strict=True)}
+        self.finished = True
+
+
 @dataclass(frozen=True)
 class Collectives:
     """What an objective needs from the other processes of a distributed run; by default there are none.
@@ -29,14 +63,38 @@ class Collectives:
         sum: adds a small tensor of counts over the processes (no gradient needed).
         gather: concatenates a tensor of all processes along its first axis, with gradient; it pads the other axes to
             the longest with zeros, which for masks means "not valid".
+        totals: of a step in several parts, each of which then is a summand of the loss.
+        term: the loss that is being computed; parts of a step need not have the same ones.
     """
 
     sum: Callable[[Tensor], Tensor] = _identity
     gather: Callable[[Tensor], Tensor] = _identity
+    totals: StepTotals | None = None
+    term: str = ""
+    calls: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
+
+    def of(self, term: str) -> "Collectives":
+        """The same for another loss."""
+        return replace(self, term=term)
+
+    @property
+    def counting(self) -> bool:
+        """Whether only the counts of this part are wanted, so that nothing else about the losses matters."""
+        return self.totals is not None and not self.totals.finished
+
+    def total(self, count: Tensor) -> Tensor:
+        """A count (of any shape) of the whole step, without gradient."""
+        if self.totals is None:
+            return self.sum(count)
+        self.calls[self.term] += 1
+        return self.totals.look_up((self.term, self.calls[self.term]), count)
 
     def mean_count(self, count: Tensor) -> Tensor:
-        """The count to divide a local sum by: mean over the processes, never zero."""
-        total, processes = self.sum(torch.stack([count, torch.ones_like(count)])).unbind()
+        """The count to divide a local sum by: mean over the processes of that of the whole step, never zero."""
+        if self.totals is None:
+            total, processes = self.sum(torch.stack([count, torch.ones_like(count)])).unbind()
+        else:
+            total, processes = self.total(count), self.totals.processes
         # The guard belongs to the total: a mean below one is right when some processes have nothing.
         return total.clamp(min=1) / processes
 

@@ -1,11 +1,38 @@
 """Random choices of the objectives: classes, synonyms, sentences.
 
-All of them take a `torch.Generator`, on whatever device it lives. In a distributed run, draws that must agree between
-processes (class subsets, synonyms) need generators seeded alike.
+Most take a `torch.Generator`, on whatever device it lives: in a distributed run, draws that must agree between
+processes (class subsets, synonyms) need generators seeded alike. What is drawn for single images is a function of
+their numbers (`image_draws`), and so the same whichever process they are in.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
+
+from .reduction import SINGLE_PROCESS, Collectives
+
+
+def image_draws(index: Tensor, shape: Sequence[int], *key: int) -> Tensor:
+    """Uniform draws from [0, 1) for each image of a batch, a function of the key and of the image's number alone.
+
+    Args:
+        index: (N,) numbers of the images, -1 for a stand-in that is no image.
+        shape: shape of the draws of one image; more along its first axis leave the others as they are, so that it may
+            be a padded one.
+        key: not negative; other keys give independent draws.
+
+    Returns:
+        (N, *shape), float64 on the CPU.
+    """
+    rows = [np.random.default_rng([*key, number + 1]).random(shape) for number in index.tolist()]
+    return torch.from_numpy(np.stack(rows) if rows else np.zeros((0, *shape)))
+
+
+def random_order(mask: Tensor, draws: Tensor) -> Tensor:
+    """Indices along the last axis in random order, the valid ones (bool mask) first. Two tensors of one shape."""
+    return draws.to(mask.device).masked_fill(~mask, 2.0).argsort(-1)
 
 
 def subsample_classes(
@@ -70,19 +97,33 @@ def random_subset(mask: Tensor, k: int | None, generator: torch.Generator | None
 
 
 def choose_for_generation(
-    mask: Tensor, limit: int | None = 32, generator: torch.Generator | None = None
+    mask: Tensor,
+    limit: int | None = 32,
+    generator: torch.Generator | None = None,
+    draws: Tensor | None = None,
+    collectives: Collectives = SINGLE_PROCESS,
 ) -> tuple[Tensor, Tensor]:
     """Which queries the sentence generator is trained on in this step.
 
     Args:
         mask: (N, Q) bool, queries with a target text (and, for anatomies, in the image).
-        limit: at most so many, drawn uniformly without replacement.
-        generator: source of randomness.
+        limit: at most so many of all processes together, drawn uniformly without replacement.
+        generator: source of randomness in a single process.
+        draws: (N, Q) from [0, 1) instead (`image_draws`): the queries with the smallest ones are chosen.
+        collectives: the other processes of a distributed run; with `draws` only.
 
     Returns:
         Indices of the images (K,) and of their queries (K,), in reading order.
     """
-    return random_subset(mask, limit, generator).nonzero(as_tuple=True)
+    if draws is None:
+        return random_subset(mask, limit, generator).nonzero(as_tuple=True)
+    # Turned round, since what is gathered is padded with zeros.
+    ranks = (1 - draws.to(mask.device)).masked_fill(~mask, 0)
+    if limit is not None:
+        everyone = collectives.gather(ranks.flatten())
+        if len(everyone) > limit:
+            mask = mask & (ranks >= everyone.topk(limit).values[-1])
+    return mask.nonzero(as_tuple=True)
 
 
 def choose_synonyms(counts: Tensor, generator: torch.Generator | None = None) -> Tensor:

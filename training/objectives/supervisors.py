@@ -115,6 +115,7 @@ def sentence_objective(
             collectives.gather(_mean_of_valid(sentence_features, sentence_mask)),
             options.global_temperature,
             collectives.gather(sentence_mask.any(dim=1)),
+            collectives.of("global_contrastive"),
         )
     if "sentence_contrastive" in terms:
         losses["sentence_contrastive"] = sentence_contrastive_loss(
@@ -126,9 +127,12 @@ def sentence_objective(
             options.lambda_sentence_to_region,
             options.cross_image_negatives,
             None if sentence_ids is None else collectives.gather(sentence_ids),
+            collectives.of("sentence_contrastive"),
         )
     if "sentence_mse" in terms:
-        losses["sentence_mse"] = sentence_mse_loss(sentence_features, query_features, sentence_mask, collectives)
+        losses["sentence_mse"] = sentence_mse_loss(
+            sentence_features, query_features, sentence_mask, collectives.of("sentence_mse")
+        )
     return losses
 
 
@@ -190,7 +194,7 @@ def pathology_objective(
             has_boxes,
             options.detection,
             objective_mode,
-            collectives,
+            collectives.of("pathology_detection"),
         )
         losses["pathology_detection"] = detection.loss
         losses["pathology_detection/box"] = detection.box_loss.detach()
@@ -207,7 +211,9 @@ def pathology_objective(
             options.use_negatives_of_other_classes,
             options.ignore_other_classes_when_negative,
         )
-        losses["pathology_classification"] = mean_over_images(loss, has_labels, collectives)
+        losses["pathology_classification"] = mean_over_images(
+            loss, has_labels, collectives.of("pathology_classification")
+        )
     return losses
 
 
@@ -288,7 +294,7 @@ def anatomy_objective(
             multi_target_mask,
             options.detection,
             objective_mode,
-            collectives,
+            collectives.of("anatomy_detection"),
         )
         losses["anatomy_detection"] = detection.loss
         losses["anatomy_detection/single"] = detection.single.detach()
@@ -318,14 +324,18 @@ def anatomy_objective(
             region_negative,
         )
         # Unlike the other terms, every region counts the same, whatever image it is in.
-        losses["anatomy_classification"] = masked_mean(loss, observed.any(dim=-1), collectives)
+        losses["anatomy_classification"] = masked_mean(
+            loss, observed.any(dim=-1), collectives.of("anatomy_classification")
+        )
     if "anatomy_mse" in terms:
         if sentence_features is None:
             sentence_features, has_sentences = torch.zeros_like(query_features), torch.zeros_like(present)
         described = has_sentences & kept
         if objective_mode == "corrected":
             described = described & present
-        losses["anatomy_mse"] = sentence_mse_loss(sentence_features, query_features, described, collectives)
+        losses["anatomy_mse"] = sentence_mse_loss(
+            sentence_features, query_features, described, collectives.of("anatomy_mse")
+        )
     return losses
 
 
