@@ -215,7 +215,7 @@ class RecordReader:
     ):
         own = len(record_classes(features))
         self.num_classes = own if num_classes is None else num_classes
-        self.class_index = np.arange(own) if class_index is None else np.asarray(class_index)
+        self.class_index = np.arange(own) if class_index is None else np.asarray(class_index, dtype=np.int64)
         self.image_processor, self.texts = image_processor, texts
         self.side = image_processor.size["height"] if side is None else side
 

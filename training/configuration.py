@@ -352,6 +352,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return None
         return _convert(next(kind for kind in arguments if kind is not type(None)), value, where)
     if origin is typing.Literal:
+        if value is False:  # what YAML makes of the words no and off
+            value = next((word for word in ("no", "off") if word in arguments), value)
         if value not in arguments:
             raise ValueError(f"{where} must be one of {', '.join(map(repr, arguments))}, not {value!r}.")
         return value
