@@ -1,5 +1,6 @@
 """The training objectives: recordings of the official implementation, the paper's edge cases, and invariances."""
 
+import itertools
 import math
 import threading
 
@@ -599,6 +600,242 @@ def test_anatomy_subset_drawn_in_the_objective_is_seeded():
 
     values = [loss(seed) for seed in range(8)]
     assert values == [loss(seed) for seed in range(8)] and len(set(values)) > 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same terms once more, one image, query and class at a time in float64, straight from the equations
+
+
+def mean(values: list) -> float:
+    return float(sum(values) / len(values)) if values else 0.0
+
+
+def cosine(left: torch.Tensor, right: torch.Tensor) -> float:
+    return float(left @ right / (left.norm() * right.norm()))
+
+
+def log_sum_exp(values: list[float]) -> float:
+    return math.log(sum(math.exp(value) for value in values))
+
+
+def box_cost(box: torch.Tensor, target: torch.Tensor) -> float:
+    """5 * L1 + 2 * (1 - GIoU) of two boxes (4,)."""
+    (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = (
+        (xc - w / 2, yc - h / 2, xc + w / 2, yc + h / 2) for xc, yc, w, h in (box.tolist(), target.tolist())
+    )
+    overlap = max(min(ax1, bx1) - max(ax0, bx0), 0) * max(min(ay1, by1) - max(ay0, by0), 0)
+    union = (ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - overlap
+    hull = (max(ax1, bx1) - min(ax0, bx0)) * (max(ay1, by1) - min(ay0, by0))
+    return 5 * float((box - target).abs().sum()) + 2 * (1 - overlap / union + (hull - union) / hull)
+
+
+def best_map(cost: list[list[float]]) -> tuple[list[tuple[int, int]], set[int]]:
+    """Assigned (region, target) and the cheapest region of each target, by trying every map of regions to targets."""
+    regions, targets = len(cost), len(cost[0])
+    if regions > targets:
+        fewest, most = regions // targets, -(-regions // targets)
+        maps = itertools.product(range(targets), repeat=regions)
+        maps = [m for m in maps if all(fewest <= m.count(target) <= most for target in range(targets))]
+    else:
+        maps = list(itertools.permutations(range(targets), regions))
+    chosen = min(maps, key=lambda m: sum(cost[region][target] for region, target in enumerate(m)))
+    pairs = list(enumerate(chosen))
+    matched = {min((r for r, t in pairs if t == target), key=lambda r: cost[r][target]) for target in set(chosen)}
+    return pairs, matched
+
+
+def naive_sentence_terms(inputs: dict) -> dict[str, float]:
+    r, z, mask, patches = (
+        inputs[name] for name in ("query_features", "sentence_features", "sentence_mask", "patch_features")
+    )
+    valid = mask.nonzero().tolist()
+    images = sorted({n for n, _ in valid})
+    u = {n: patches[n].flatten(0, -2).mean(0) for n in images}
+    t = {n: z[n][mask[n]].mean(0) for n in images}
+    logits = {(n, m): cosine(u[n], t[m]) / 0.2 for n in images for m in images}
+    contrastive, mse = {n: [] for n in images}, {n: [] for n in images}
+    for n, j in valid:
+        scores = [cosine(r[n, j], z[m, i]) / 0.25 for m, i in valid]
+        contrastive[n].append(log_sum_exp(scores) - cosine(r[n, j], z[n, j]) / 0.25)
+        mse[n].append(float((z[n, j] - r[n, j]).square().sum()))
+    return {
+        "global_contrastive": mean([log_sum_exp([logits[n, m] for m in images]) - logits[n, n] for n in images])
+        + mean([log_sum_exp([logits[m, n] for m in images]) - logits[n, n] for n in images]),
+        "sentence_contrastive": mean([mean(losses) for losses in contrastive.values()]),
+        "sentence_mse": mean([mean(losses) for losses in mse.values()]),
+    }
+
+
+def naive_pathology_terms(inputs: dict) -> dict[str, float]:
+    positive, negative, scores = inputs["positive"], inputs["negative"], inputs["region_scores"]
+    images, classes, regions = scores.shape
+    annotated = inputs["has_boxes"]
+    box_losses, rewarded = {}, set()
+    for n, c in annotated.nonzero().tolist():
+        targets = inputs["target_boxes"][n, c][inputs["target_mask"][n, c]]
+        box_losses[n, c] = 0.0
+        if not len(targets):
+            continue
+        boxes = [[box_cost(box, target) for target in targets] for box in inputs["region_boxes"][n, c]]
+        cost = []
+        for s in range(regions):
+            feature = inputs["region_features"][n, c, s]
+            margin = float(feature @ positive[c] - feature @ negative[c])
+            score = 1 * (1 - 1 / (1 + math.exp(-margin))) + 3 * (1 - float(scores[n, c, s]))
+            cost.append([value + score for value in boxes[s]])
+        pairs, matched = best_map(cost)
+        box_losses[n, c] = mean([boxes[s][t] for s, t in pairs])
+        rewarded |= {(n, c, s) for s in matched}
+    seen = [n for n in range(images) if annotated[n].any()]
+    total = len(seen) * classes * regions
+    alpha = (total - len(rewarded) + 1) / (total + 2)
+
+    def focal(place: tuple[int, int, int]) -> float:
+        p = float(scores[place])
+        if place in rewarded:
+            return -alpha * (1 - p) ** 2 * math.log(p)
+        return -(1 - alpha) * p**2 * math.log(1 - p)
+
+    def over_images(losses: dict[tuple[int, int], float]) -> float:
+        return mean([mean([v for (m, _), v in losses.items() if m == n]) for n in sorted({n for n, _ in losses})])
+
+    score_losses = {(n, c): mean([focal((n, c, s)) for s in range(regions)]) for n, c in box_losses}
+    classification = {}
+    for n, c in inputs["has_labels"].nonzero().tolist():
+        feature = inputs["query_features"][n, c]
+        logits = [cosine(feature, prompt) / 0.2 for prompt in (*positive, *negative)]
+        target = c if inputs["labels"][n, c] else classes + c
+        classification[n, c] = log_sum_exp(logits) - logits[target]
+    return {
+        "pathology_detection/box": over_images(box_losses),
+        "pathology_detection/score": over_images(score_losses),
+        "pathology_detection": over_images(box_losses) + 3 * over_images(score_losses),
+        "pathology_classification": over_images(classification),
+    }
+
+
+def naive_anatomy_terms(inputs: dict) -> dict[str, float]:
+    present = inputs["present"]
+    single = [
+        box_cost(box, inputs["target_boxes"][n, a])
+        for n, a in (present & inputs["has_boxes"]).nonzero().tolist()
+        for box in inputs["region_boxes"][n, a]
+    ]
+    multi = []
+    for n, a in inputs["multi_target_mask"].any(-1).nonzero().tolist():
+        targets = inputs["multi_target_boxes"][n, a][inputs["multi_target_mask"][n, a]]
+        boxes = [[box_cost(box, target) for target in targets] for box in inputs["multi_region_boxes"][n, a]]
+        scores = inputs["multi_region_scores"][n, a].tolist()
+        pairs, _ = best_map([[v + 3 * (1 - score) for v in row] for row, score in zip(boxes, scores, strict=True)])
+        multi.append(mean([boxes[s][t] for s, t in pairs]))
+    classification = []
+    observed = inputs["has_labels"] & present[..., None]
+    for n, a in observed.any(-1).nonzero().tolist():
+        feature = inputs["query_features"][n, a]
+        true, false = [], []
+        for c in observed[n, a].nonzero().flatten().tolist():
+            pair = [cosine(feature, inputs[name][c]) / 0.25 for name in ("positive", "negative")]
+            true.append(pair[0 if inputs["labels"][n, a, c] else 1])
+            false.append(pair[1 if inputs["labels"][n, a, c] else 0])
+        classification.append(log_sum_exp(true + false) - mean(true))
+    mse = {}
+    for n, a in (inputs["has_sentences"] & present).nonzero().tolist():
+        error = inputs["sentence_features"][n, a] - inputs["query_features"][n, a]
+        mse.setdefault(n, []).append(float(error.square().sum()))
+    return {
+        "anatomy_detection": (sum(single) + sum(multi)) / max(len(single) + len(multi), 1),
+        "anatomy_detection/single": mean(single),
+        "anatomy_detection/multi": mean(multi),
+        "anatomy_classification": mean(classification),
+        "anatomy_mse": mean([mean(losses) for losses in mse.values()]),
+    }
+
+
+NAIVE = (naive_sentence_terms, naive_pathology_terms, naive_anatomy_terms)
+
+
+@pytest.mark.parametrize("which", range(3), ids=["sentence", "pathology", "anatomy"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "some",
+        "one image",
+        "one of each",
+        "everything",
+        "nothing",
+        "one image without",
+        "no box",
+        "duplicates",
+        "bfloat16",
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_terms_equal_the_equations(which, case, seed):
+    sizes = {
+        "one image": {"images": 1},
+        "one of each": dict.fromkeys(("images", "anatomies", "classes", "sentences"), 1),
+    }
+    inputs = random_batch(100 + seed, **sizes.get(case, {}))[which]
+    masks = [name for name in MASKS if name in inputs]
+    if case == "bfloat16":
+        inputs = {name: v.bfloat16() if v.is_floating_point() else v for name, v in inputs.items()}
+    if case in ("one of each", "everything"):
+        inputs |= {name: torch.ones_like(inputs[name]) for name in masks}  # four targets for three regions
+    elif case == "nothing":
+        inputs |= {name: torch.zeros_like(inputs[name]) for name in masks}
+    elif case == "one image without":
+        for name in masks:
+            inputs[name][1] = False
+    elif case == "no box" and which:
+        inputs |= {
+            name: torch.zeros_like(inputs[name]) for name in ("target_mask", "multi_target_mask") if name in masks
+        }
+    elif case == "duplicates" and which == 0:
+        inputs["sentence_features"][:, 1] = inputs["sentence_features"][:1, 0]
+    exact = {name: v.double() if v.is_floating_point() else v for name, v in inputs.items()}
+    expected = NAIVE[which](exact)
+    for arguments, tolerance in ((inputs, 2e-5), (exact, 1e-11)):
+        terms = OBJECTIVES[which](**arguments)
+        assert terms.keys() == expected.keys()
+        for name, value in expected.items():
+            assert terms[name].item() == pytest.approx(value, rel=tolerance, abs=tolerance), name
+    if case == "nothing":
+        assert not any(expected.values())
+    if case == "everything":
+        assert all(expected.values())
+
+
+@pytest.mark.parametrize("boxes", [0, 1, 2, 5, 9])
+def test_any_number_of_boxes_of_a_class(boxes):
+    """Fewer than regions, as many, more; with one slot for each or with padding between them."""
+    inputs = random_batch(7)[1]
+    g = torch.Generator().manual_seed(boxes)
+    draws = torch.rand(4, 3, boxes, 4, generator=g, dtype=torch.float64)
+    inputs = {name: v.double() if v.is_floating_point() else v for name, v in inputs.items()}
+    inputs["target_boxes"] = torch.cat([draws[..., :2], 0.1 + 0.5 * draws[..., 2:]], dim=-1)
+    inputs["target_mask"] = torch.ones(4, 3, boxes, dtype=torch.bool)
+    expected = naive_pathology_terms(inputs)
+    for name, term in pathology_objective(**inputs).items():
+        assert term.item() == pytest.approx(expected[name], rel=1e-11), name
+    spread = torch.zeros(4, 3, 2 * boxes + 1, 4, dtype=torch.float64)
+    mask = torch.zeros(4, 3, 2 * boxes + 1, dtype=torch.bool)
+    spread[:, :, 1::2], mask[:, :, 1::2] = inputs["target_boxes"], True
+    for name, term in pathology_objective(**inputs | {"target_boxes": spread, "target_mask": mask}).items():
+        assert term.item() == pytest.approx(expected[name], rel=1e-11), name
+
+
+def test_official_mode_differs_only_where_it_is_said_to():
+    """The rewarded regions, and sentences of anatomies outside of the image."""
+    _, pathology, anatomy = random_batch(4)
+    corrected, official = (pathology_objective(**pathology, objective_mode=mode) for mode in ("corrected", "official"))
+    changed = {name for name in corrected if not torch.equal(corrected[name], official[name])}
+    assert changed == {"pathology_detection", "pathology_detection/score"}
+    corrected, official = (anatomy_objective(**anatomy, objective_mode=mode) for mode in ("corrected", "official"))
+    changed = {name for name in corrected if not torch.equal(corrected[name], official[name])}
+    assert changed == {"anatomy_mse"}
+    anatomy["present"][:] = True
+    same = anatomy_objective(**anatomy, objective_mode="official")["anatomy_mse"]
+    assert torch.equal(anatomy_objective(**anatomy)["anatomy_mse"], same)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def focal_loss(
         probabilities = probabilities.sigmoid()
     if alpha is None:
         positives, total = collectives.total(torch.stack([(targets & mask).sum(), mask.sum()])).unbind()
-        alpha = (total - positives + 1) / (total + 2)
+        alpha = (total - positives + 1).to(probabilities.dtype) / (total + 2)
     clamped = probabilities.clamp(1e-7, 1 - 1e-7)
     at_positive = -alpha * (1 - probabilities) ** gamma * clamped.log()
     at_negative = -(1 - alpha) * probabilities**gamma * (1 - clamped).log()
