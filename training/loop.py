@@ -148,7 +148,7 @@ def run_stage(config: StageConfig, build: Callable[[StageConfig], StageParts], o
     resolved = yaml.safe_dump(json.loads(json.dumps(config.to_dict())), sort_keys=False)
     # the build changes with the code that draws the phantom; as a comment, the file stays a configuration
     resolved += f"# data build: {data_build(config.data)}\n"
-    same = config_path.is_file() and config_path.read_text(encoding="utf-8") == resolved
+    same = config_path.is_file() and _is_same_run(config_path.read_text(encoding="utf-8"), resolved)
     same = same and not overwrite and not _older_than(config_path, (config.init_from, config.generator_from))
     if same and (model_dir / "config.json").is_file():
         logger.warning("%s: reusing the finished run in %s.", config.stage, output_dir)
@@ -286,6 +286,12 @@ def _peak_memory(device: torch.device) -> str:
         return f"{torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB of GPU memory"
     unit = 1 if sys.platform == "darwin" else 2**10
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20:,.0f} MiB of memory"
+
+
+def _is_same_run(*configurations: str) -> bool:
+    """Whether two written configurations are equal, apart from the folder of the run, which may have been moved."""
+    found = [[line for line in text.splitlines() if not line.startswith("output_dir:")] for text in configurations]
+    return found[0] == found[1]
 
 
 def _remove(path: Path) -> None:

@@ -1,0 +1,216 @@
+"""Runs that are killed at any instant, and checkpoints that are damaged: the history becomes that of one run."""
+
+import json
+import multiprocessing
+import random
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_training import Interrupted, arguments, compare, interrupt, run, weights
+from training.checkpoints import MANIFEST, find_damage
+
+
+STAGE = "stage1"
+# two epochs of three updates of two accumulated batches; everything that has a state of its own is on
+OPTIONS = (
+    *("optimization.batch_size=4", "optimization.gradient_accumulation_steps=2", "optimization.max_steps=8"),
+    *("optimization.ema_decay=0.9", "tracking.log_every=3", "tracking.validate_every=2", "tracking.save_every=1"),
+    *("selection.metric=loss", "selection.keep_best=2"),
+)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """The earlier stage, and a run without interruption in `reference`."""
+    folder = tmp_path_factory.mktemp("resume")
+    run(folder, "pretrain_clip", folder / "runs" / "pretrain_clip")
+    run(folder, STAGE, folder / "reference", *OPTIONS)
+    return folder
+
+
+# --- kills of real processes
+
+
+def train(argv):
+    """What a second process does; forked from a server that has imported the library already."""
+    import importlib
+
+    torch.set_num_threads(1)
+    importlib.import_module(f"training.{STAGE}").main(argv)
+
+
+@pytest.fixture(scope="module")
+def processes(workspace):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.stage1", "tests.test_resume"])
+    first = context.Process(target=int)  # starts the server
+    first.start()
+    first.join()
+    return context
+
+
+def compare_all(folder, reference):
+    compare(folder, reference)
+    assert (folder / "best" / "best.json").read_bytes() == (reference / "best" / "best.json").read_bytes()
+    names = sorted(path.name for path in (reference / "best").iterdir())
+    assert sorted(path.name for path in (folder / "best").iterdir()) == names
+    for name in names[1:]:
+        expected, found = weights(reference / "best" / name), weights(folder / "best" / name)
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    assert not (folder / "checkpoints").exists()
+
+
+def kill_and_finish(processes, workspace, folder, while_writing, otherwise, seed):
+    """
+    Starts a run again and again and kills it, so often while it writes a checkpoint and so often at a random instant.
+    A run that finishes is compared with the reference and followed by a new one.
+    """
+    rng, runs, left = random.Random(seed), 0, {True: while_writing, False: otherwise}
+    began = time.monotonic()
+    process = start(processes, workspace, folder / "timed")
+    process.join()
+    assert process.exitcode == 0
+    duration = time.monotonic() - began
+    compare_all(folder / "timed", workspace / "reference")
+    while any(left.values()):
+        output = folder / str(runs)
+        aims_at_writing = rng.choice([kind for kind, count in left.items() if count])
+        allowed, deadline, seen = rng.randrange(4), time.monotonic() + rng.uniform(0, duration), set()
+        process = start(processes, workspace, output)
+        while process.is_alive() and (aims_at_writing or time.monotonic() < deadline):
+            partial = {path.name for path in (output / "checkpoints").glob("*.partial")}
+            seen |= partial
+            if aims_at_writing and partial and len(seen) > allowed:
+                time.sleep(rng.uniform(0, 0.005))
+                break
+            time.sleep(0.0005)
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            compare_all(output, workspace / "reference")
+            runs += 1
+            continue
+        assert process.exitcode == -9
+        writing = any((output / "checkpoints").glob("*.partial"))
+        if writing or not aims_at_writing:
+            left[aims_at_writing] -= 1
+        assert all(find_damage(path) is None for path in (output / "checkpoints").glob("update-????????"))
+    process = start(processes, workspace, folder / str(runs))
+    process.join()
+    assert process.exitcode == 0
+    compare_all(folder / str(runs), workspace / "reference")
+
+
+def start(processes, workspace, output):
+    process = processes.Process(target=train, args=(arguments(workspace, STAGE, output, *OPTIONS),))
+    process.start()
+    return process
+
+
+def test_killed_at_random_instants(processes, workspace, tmp_path):
+    kill_and_finish(processes, workspace, tmp_path, while_writing=2, otherwise=2, seed=1)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_instants(processes, workspace, tmp_path):
+    kill_and_finish(processes, workspace, tmp_path, while_writing=6, otherwise=14, seed=2)
+
+
+# --- damaged checkpoints
+
+
+@pytest.fixture(scope="module")
+def interrupted(workspace):
+    """A run that ended behind its fourth update, with two checkpoints."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, 4)
+        with pytest.raises(Interrupted):
+            run(workspace, STAGE, workspace / "interrupted", *OPTIONS)
+    return workspace / "interrupted"
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def change(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("model.safetensors", cut, r"model.safetensors has \d+ bytes instead of \d+"),
+        ("model.safetensors", change, "model.safetensors has other contents than were written"),
+        ("optimizer.bin", cut, r"optimizer.bin has \d+ bytes instead of \d+"),
+        ("custom_checkpoint_0.pkl", change, "custom_checkpoint_0.pkl has other contents"),
+        ("random_states_0.pkl", Path.unlink, "random_states_0.pkl is missing"),
+        (MANIFEST, cut, "its manifest.json is damaged"),
+        (MANIFEST, Path.unlink, "it has no manifest.json"),
+    ],
+)
+def test_damage_is_found(interrupted, tmp_path, name, damage, message):
+    folder = shutil.copytree(interrupted / "checkpoints" / "update-00000004", tmp_path / "checkpoint")
+    assert find_damage(folder) is None
+    damage(folder / name)
+    assert re.search(message, find_damage(folder))
+
+
+def test_the_checkpoint_before_a_damaged_one_is_used(interrupted, workspace, tmp_path, caplog):
+    folder = shutil.copytree(interrupted, tmp_path / "run")
+    cut(folder / "checkpoints" / "update-00000004" / "model.safetensors")
+    run(workspace, STAGE, folder, *OPTIONS)
+    assert "update-00000004 cannot be used: model.safetensors has" in caplog.text
+    assert "Trying update-00000003" in caplog.text
+    assert "resuming at update 3 of 8" in caplog.text
+    compare_all(folder, workspace / "reference")
+    starts = [json.loads(line) for line in (folder / "environment.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(starts) == 2, "each start is recorded"
+    for entry in starts:
+        assert entry["packages"]["torch"] == torch.__version__
+        assert (entry["processes"], entry["device"]) == (1, "cpu")
+
+
+def test_without_an_intact_checkpoint_the_run_starts_again(interrupted, workspace, tmp_path, caplog):
+    folder = shutil.copytree(interrupted, tmp_path / "run")
+    for checkpoint in (folder / "checkpoints").iterdir():
+        change(checkpoint / "optimizer.bin")
+    run(workspace, STAGE, folder, *OPTIONS)
+    assert caplog.text.count("cannot be used: optimizer.bin has other contents") == 2
+    assert "There is no other: starting again" in caplog.text
+    assert "resuming" not in caplog.text
+    compare_all(folder, workspace / "reference")
+
+
+def test_more_checkpoints_are_kept_on_request(workspace, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, 4)
+        with pytest.raises(Interrupted):
+            run(workspace, STAGE, tmp_path, *OPTIONS, "tracking.keep_checkpoints=3")
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["update-00000002", "update-00000003", "update-00000004"]
+
+
+def test_a_model_that_a_checkpoint_has_chosen_is_there(interrupted, workspace, tmp_path, monkeypatch):
+    """Better ones may have come after that checkpoint, before the kill."""
+    manifests = [json.loads(path.read_text()) for path in sorted(interrupted.glob("checkpoints/*/manifest.json"))]
+    assert [manifest["update"] for manifest in manifests] == [3, 4]
+    needed = {update for manifest in manifests for update in manifest["models"]}
+    assert needed and manifests[0]["models"] == [2]
+    there = {path.name for path in (interrupted / "best").glob("update-*")}
+    assert there == {f"update-{update:08d}" for update in needed}
+
+
+def test_a_kill_between_files_of_the_end(workspace, tmp_path):
+    """Checkpoints go before the model appears: what is left is a run without checkpoints, which starts again."""
+    folder = shutil.copytree(workspace / "reference", tmp_path / "run")
+    (folder / "model").rename(folder / "model.partial")
+    run(workspace, STAGE, folder, *OPTIONS)
+    compare_all(folder, workspace / "reference")
