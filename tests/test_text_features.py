@@ -273,10 +273,10 @@ def writer(folder, texts, seconds):
 
 
 def test_processes_at_once(parts, tmp_path, encoded):
-    """Three runs with overlapping texts: none is encoded twice, and all features are right."""
-    processes = [writer(tmp_path, texts, 0.05) for texts in ("0:40", "20:60", "0:60")]
+    """Two runs with overlapping texts: none is encoded twice, and all features are right."""
+    processes = [writer(tmp_path, texts, 0.05) for texts in ("0:40", "20:60")]
     results = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], results
+    assert [process.returncode for process in processes] == [0, 0], results
     written = [text for output, _ in results for text in output.splitlines()]
     assert sorted(written) == sorted(TEXTS)
     close(TextFeatures(parts[0], parts[1], tmp_path).encode(TEXTS), one_by_one(parts, TEXTS))

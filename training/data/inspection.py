@@ -119,9 +119,9 @@ class _Counter:
             self.annotated[name] += table.num_rows - columns[name].null_count
         self._add_objects(columns["objects"])
         self._add_sentences(columns["sentences"])
-        width = len(self.classes)
-        self.labels += (_values(columns["class_labels"]).reshape(-1, width) == 1).sum(axis=0)
-        self.region_labels += (_values(columns["anatomy_labels"]).reshape(-1, width) == 1).sum(axis=0)
+        if width := len(self.classes):  # without classes, there are no labels
+            self.labels += (_values(columns["class_labels"]).reshape(-1, width) == 1).sum(axis=0)
+            self.region_labels += (_values(columns["anatomy_labels"]).reshape(-1, width) == 1).sum(axis=0)
         regions = len(ANATOMY_NAMES)
         self.regions += _values(columns["anatomy_present"]).astype(bool).reshape(-1, regions).sum(axis=0)
         lengths = pc.list_value_length(columns["anatomy_sentences"].flatten()).fill_null(0)
