@@ -20,7 +20,7 @@ from modeling_chex import ChexModel
 from processing_chex import ChexProcessor
 from training.configuration import CONFIG_DIR, load_config
 from training.data.phantom_text import label_text
-from training.loop import load_data
+from training.stage_data import load_data
 
 
 logger = logging.getLogger(__name__)

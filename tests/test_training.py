@@ -23,8 +23,10 @@ from processing_chex import ChexProcessor
 from training.configuration import CONFIG_DIR, OptimizationConfig, load_config
 from training.data.phantom import render_phantom
 from training.data.preparation import prepare
-from training.loop import learning_rate_factor, run_as_script, set_trainable
+from training.loop import learning_rate_factor, run_as_script
+from training.model_setup import set_trainable
 from training.objectives import SINGLE_PROCESS
+from training.stage_data import load_data
 
 
 ROOT = Path(__file__).parent.parent
@@ -212,7 +214,7 @@ def test_the_last_model_answers_and_writes(runs, workspace):
     model, processor = ChexModel.from_pretrained(runs["stage3"]), ChexProcessor.from_pretrained(runs["stage3"])
     model.eval()
     config = load_config(CONFIG_DIR / "phantom" / "stage3.yaml", arguments(workspace, "stage3", workspace)[2:])
-    image = loop.load_data(config.data)[0]["test"][0]["image"]
+    image = load_data(config.data)[0]["test"][0]["image"]
     inputs = processor(images=image, text=[["Pleural effusion", "right lung"]], return_tensors="pt")
     with torch.no_grad():
         output = model(**inputs)

@@ -40,14 +40,14 @@ from tqdm.auto import tqdm
 from training.checkpoints import Checkpoints, TrainingState
 from training.collate import first
 from training.configuration import CONFIG_DIR, OptimizationConfig, StageConfig, load_config
-from training.distributed import lost_process, process_group_options, warn_of_missing_processes
+from training.distributed import leave_processes, lost_process, process_group_options, warn_of_missing_processes
 from training.ema import WeightAverage
 from training.guard import FiniteGuard
 from training.history import History, environment
-from training.model_setup import choose_precision, load_stage_model, set_trainable, set_up_model
+from training.model_setup import choose_precision, set_up_model
 from training.plan import Schedule, describe_plan
 from training.selection import Selection, check_names
-from training.stage_data import TrainingData, data_build, load_data, read_data
+from training.stage_data import data_build
 from training.steps import SharedSplit, add_up, part_of_update, step_parts
 from training.supervision import Supervision
 
@@ -125,6 +125,7 @@ def run_as_script(main: Callable[[], object]) -> None:
     """Runs a stage script: what its user can mend ends with one paragraph and exit code 2; `--debug` shows more."""
     try:
         main()
+        leave_processes()
     except (ValueError, OSError, FloatingPointError, StrictDataclassError) as error:
         if "--debug" in sys.argv:
             raise
@@ -180,7 +181,8 @@ def run_stage(config: StageConfig, build: Callable[[StageConfig], StageParts], o
         shutil.rmtree(model_dir, ignore_errors=True)
         temporary.rename(model_dir)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # not `end_training`: other stages of this process need the others again
+        tracker.finish()
     accelerator.free_memory()
     return model_dir
 
@@ -337,7 +339,9 @@ def _train(accelerator: Accelerator, config: StageConfig, parts: StageParts, out
         average = WeightAverage(parameters, options.ema_decay)
         accelerator.register_for_checkpointing(average)
     if config.selection.metric is not None:
-        check_names(config.selection, _measured(module, validation, config))
+        tasks = [f"task/{name}" for name in tracking.tasks]
+        module.eval()
+        check_names(config.selection, [*validation.losses(module), *tasks])
         selection = Selection(config.selection, output_dir / "best")
         accelerator.register_for_checkpointing(selection)
     history = History(output_dir / "history.jsonl", config.stage, accelerator)
@@ -452,32 +456,12 @@ def _validate(
     return entry
 
 
-@torch.no_grad()
-def _measured(module: nn.Module, split: SharedSplit, config: StageConfig) -> set[str]:
-    """What validation measures, found by trying it as far as needed."""
-    tasks = {name for name in config.selection.names if name.startswith("task/")}  # checked with the configuration
-    names = set(tasks)
-    module.eval()
-    for batch in split:
-        names |= set(module(batch, seed=0))
-        if names >= set(config.selection.names):
-            break
-    module.train()
-    return names
-
-
 __all__ = [
     "StageParts",
-    "TrainingData",
-    "choose_precision",
     "learning_rate_factor",
-    "load_data",
-    "load_stage_model",
     "parse_arguments",
-    "read_data",
     "run_as_script",
     "run_command",
     "run_stage",
-    "set_trainable",
     "try_stage",
 ]

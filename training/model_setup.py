@@ -79,7 +79,7 @@ def set_up_model(config: StageConfig, model: nn.Module) -> None:
         # reentrant checkpoints do not go together with unused parameters of DDP
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.compile is not None:
-        known = torch.compiler.list_backends()
+        known = torch.compiler.list_backends(exclude_tags=())
         if config.compile not in known:
             raise ValueError(f"compile: unknown backend {config.compile!r}. {nearest(config.compile, known, 'ones')}")
         for module in model.modules():

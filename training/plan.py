@@ -32,10 +32,6 @@ class Schedule:
         total = options.max_steps if options.max_steps is not None else options.epochs * updates
         return cls(batches, options.gradient_accumulation_steps, updates, total)
 
-    def accumulated_with(self, batch: int) -> int:
-        """How many batches the update has to which a batch of an epoch (counted from 0) belongs."""
-        return min(self.accumulated, self.batches - batch // self.accumulated * self.accumulated)
-
 
 def memory_of(module: nn.Module, config: StageConfig, precision: str, processes: int) -> dict[str, int]:
     """Bytes that training holds in each process all the time, by purpose; nothing is sharded."""

@@ -34,8 +34,9 @@ def check_names(config: SelectionConfig, available: Collection[str]) -> None:
     Raises:
         ValueError: Validation does not measure what the selection names.
     """
+    tasks = [name.split("/") for name in available if name.startswith("task/")]  # perhaps on one of several data sets
     for name in config.names:
-        if name not in available:
+        if name not in available and name.split("/")[:2] not in tasks:
             raise ValueError(
                 f"selection.metric names {name!r}, which validation does not measure. "
                 f"{nearest(name, sorted(available), 'metrics')}"
