@@ -50,7 +50,7 @@ def measure(folder: Path, workers: int, images: int) -> dict[str, float]:
         if number == 4:  # workers have started
             count, began = 0, time.perf_counter()
         count += len(batch.images)
-        if number % 20 == 0:
+        if number % 4 == 0:
             peak = max(peak, megabytes() - start - table)
         if count >= images:
             break
