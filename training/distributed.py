@@ -17,9 +17,9 @@ from training.objectives import SINGLE_PROCESS, Collectives, StepTotals
 
 logger = logging.getLogger(__name__)
 
-# How long a process waits for the others, in minutes. The slowest that they wait for is the main process while it
-# writes a model; the environment variable of this name is for file systems that are slower than that.
-TIMEOUT_VARIABLE, TIMEOUT_MINUTES = "CHEX_PROCESS_TIMEOUT_MINUTES", 20.0
+# How long a process waits for others, in minutes, unless the environment variable says otherwise. Longest they wait
+# for the main process, while it writes a model or runs tasks of the evaluation.
+TIMEOUT_VARIABLE, TIMEOUT_MINUTES = "CHEX_PROCESS_TIMEOUT_MINUTES", 30.0
 # What Gloo and NCCL say when a process that they wait for is gone or late.
 _LOST = re.compile(
     r"gloo|connection (reset|closed|refused)|broken pipe|timed out waiting|nccl|socket timeout", re.IGNORECASE
@@ -87,6 +87,12 @@ def process_group_options() -> InitProcessGroupKwargs:
     return InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=minutes))
 
 
+def leave_processes() -> None:
+    """Takes leave of the other processes, at the end of a script."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def warn_of_missing_processes(num_processes: int) -> None:
     """`accelerate launch` starts one process where it cannot start more, as on a CPU, and says nothing."""
     # It announces the meeting point of several processes, but none of them gets a number.
@@ -111,4 +117,10 @@ def lost_process(error: BaseException) -> str | None:
     )
 
 
-__all__ = ["lost_process", "process_collectives", "process_group_options", "warn_of_missing_processes"]
+__all__ = [
+    "leave_processes",
+    "lost_process",
+    "process_collectives",
+    "process_group_options",
+    "warn_of_missing_processes",
+]

@@ -45,6 +45,8 @@ from training.transforms import Augmentation
 
 # Keys of what is drawn for each image of a step, besides the seed of the step
 SENTENCES, PHRASES, DESCRIBED_SENTENCES, DESCRIBED_ANATOMIES, ANATOMIES, ANATOMY_TEXTS, FINDING_TEXTS = range(101, 108)
+ROI_SKIP = {"sentences": 111, "phrases": 112, "anatomies": 113, "classes": 114}
+REGION_DROP = {name: key + 10 for name, key in ROI_SKIP.items()}
 
 
 class PromptBank(nn.Module):
@@ -229,7 +231,7 @@ class ChexSupervision(ImageSupervision):
             classes = subsample_classes(available, limit, shared).nonzero().squeeze(1)
             queries["classes"] = (positive[classes].expand(num_images, -1, -1), None)
 
-        answers = self._answer(model, image_features, queries)
+        answers = self._answer(model, image_features, queries, batch.index, seed)
         losses: dict[str, Tensor] = {}
         if sentences is not None:
             answer = answers.get("sentences", {})
@@ -359,9 +361,12 @@ class ChexSupervision(ImageSupervision):
         model: "ChexModel | Outline",
         image_features: ChexImageFeatures,
         queries: dict[str, tuple[Tensor, Tensor | None]],
+        index: Tensor,
+        seed: int,
     ) -> dict[str, dict[str, Tensor]]:
         fields = ("query_features", "region_boxes", "region_scores", "region_features", "boxes")
-        roi_skip = None if self.training else True
+        detector, post_decoder = self.model.detector, self.model.post_decoder
+        regions = detector.config.num_regions
         groups = [[name] for name in queries] if self.model.config.attention_mode == "legacy" else [list(queries)]
         answers = {}
         for group in groups:
@@ -378,8 +383,22 @@ class ChexSupervision(ImageSupervision):
                     ],
                     dim=1,
                 )
-            output = model(image_features=image_features, prompt_features=features, query_mask=mask, roi_skip=roi_skip)
             sizes = [queries[name][0].shape[1] for name in group]
+            # what these parts would otherwise draw from the random numbers of this process
+            roi_skip, region_keep_mask = True, None
+            if detector.training:
+                draws = _region_draws(index, seed, [ROI_SKIP[name] for name in group], sizes, regions)
+                roi_skip = draws.flatten(1).to(features.device) < detector.config.roi_skip_probability
+            if post_decoder is not None and post_decoder.training and post_decoder.config.region_drop > 0:
+                draws = _region_draws(index, seed, [REGION_DROP[name] for name in group], sizes, regions)
+                region_keep_mask = draws.to(features.device) >= post_decoder.config.region_drop
+            output = model(
+                image_features=image_features,
+                prompt_features=features,
+                query_mask=mask,
+                roi_skip=roi_skip,
+                region_keep_mask=region_keep_mask,
+            )
             for field in fields:
                 for name, part in zip(group, output[field].split(sizes, dim=1), strict=True):
                     answers.setdefault(name, {})[field] = part
@@ -484,6 +503,12 @@ class ChexSupervision(ImageSupervision):
             texts >= 0, self.objectives.sentences_per_generation, draws=draws, collectives=collectives
         )
         return sentence_loss(model.sentence_generator, features[chosen], texts[chosen], self.text_tokens, collectives)
+
+
+def _region_draws(index: Tensor, seed: int, keys: Sequence[int], sizes: Sequence[int], regions: int) -> Tensor:
+    """Draws (N, Q, R) for the regions of groups of queries, each of which has a key and a size (their sum is Q)."""
+    draws = [image_draws(index, (size, regions), seed, key) for key, size in zip(keys, sizes, strict=True)]
+    return torch.cat(draws, dim=1)
 
 
 def sentence_loss(
