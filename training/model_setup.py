@@ -13,7 +13,8 @@ from training.configuration import StageConfig, nearest
 
 
 # Compiled one by one: they are alike, so that one compilation serves many, and what chooses queries stays as it is.
-COMPILED_BLOCKS = ("CLIPEncoderLayer", "ChexDecoderLayer", "GPT2Block")
+# Blocks of GPT-2 are not among them: with the cache that holds the prefix, each would be compiled for itself.
+COMPILED_BLOCKS = ("CLIPEncoderLayer", "ChexDecoderLayer")
 
 
 def load_stage_model(folder: str | None, purpose: str, **config_overrides: object) -> tuple[ChexModel, ChexProcessor]:
@@ -72,7 +73,12 @@ def choose_precision(mixed_precision: str) -> str:
 
 
 def set_up_model(config: StageConfig, model: nn.Module) -> None:
-    """Attention, gradient checkpointing and compilation, as configured."""
+    """
+    Attention, gradient checkpointing and compilation, as configured.
+
+    Raises:
+        ValueError: An unknown backend of `torch.compile`, or a model without blocks that are compiled.
+    """
     if config.attn_implementation is not None:
         model.set_attn_implementation(config.attn_implementation)
     if config.gradient_checkpointing:
@@ -82,9 +88,13 @@ def set_up_model(config: StageConfig, model: nn.Module) -> None:
         known = torch.compiler.list_backends(exclude_tags=())
         if config.compile not in known:
             raise ValueError(f"compile: unknown backend {config.compile!r}. {nearest(config.compile, known, 'ones')}")
-        for module in model.modules():
-            if type(module).__name__ in COMPILED_BLOCKS:
-                module.compile(backend=config.compile)
+        blocks = [module for module in model.modules() if type(module).__name__ in COMPILED_BLOCKS]
+        if not blocks:
+            raise ValueError(
+                f"compile: the model of {config.stage} has none of the blocks that are compiled: leave it out."
+            )
+        for block in blocks:
+            block.compile(backend=config.compile)
 
 
 __all__ = ["choose_precision", "load_stage_model", "set_trainable", "set_up_model"]
