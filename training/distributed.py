@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from accelerate import InitProcessGroupKwargs
-from torch import Tensor
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from training.objectives import SINGLE_PROCESS, Collectives, StepTotals
 
@@ -87,6 +88,25 @@ def process_group_options() -> InitProcessGroupKwargs:
     return InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=minutes))
 
 
+def gather_weights(accelerator: Accelerator, module: nn.Module) -> None:
+    """
+    Replaces weights that are spread over the processes by whole ones, in the module of the main process: at the end of
+    training, which cannot go on with them.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    weights = accelerator.get_state_dict(module)
+    module = accelerator.unwrap_model(module)
+    if accelerator.is_main_process:
+        for name, weight in weights.items():
+            owner, _, attribute = name.rpartition(".")
+            if isinstance(getattr(module.get_submodule(owner), attribute), nn.Parameter):
+                setattr(module.get_submodule(owner), attribute, nn.Parameter(weight, requires_grad=False))
+        for part in module.modules():
+            if isinstance(part, PreTrainedModel):
+                part.tie_weights()
+
+
 def leave_processes() -> None:
     """Takes leave of the other processes, at the end of a script."""
     if dist.is_available() and dist.is_initialized():
@@ -118,6 +138,7 @@ def lost_process(error: BaseException) -> str | None:
 
 
 __all__ = [
+    "gather_weights",
     "leave_processes",
     "lost_process",
     "process_collectives",

@@ -40,7 +40,13 @@ from tqdm.auto import tqdm
 from training.checkpoints import Checkpoints, TrainingState
 from training.collate import first
 from training.configuration import CONFIG_DIR, OptimizationConfig, StageConfig, load_config
-from training.distributed import leave_processes, lost_process, process_group_options, warn_of_missing_processes
+from training.distributed import (
+    gather_weights,
+    leave_processes,
+    lost_process,
+    process_group_options,
+    warn_of_missing_processes,
+)
 from training.ema import WeightAverage
 from training.guard import FiniteGuard
 from training.history import History, environment
@@ -48,7 +54,7 @@ from training.model_setup import choose_precision, set_up_model
 from training.plan import Schedule, describe_plan
 from training.selection import Selection, check_names
 from training.stage_data import data_build
-from training.steps import SharedSplit, add_up, part_of_update, step_parts
+from training.steps import SharedSplit, add_up, clip_gradients, part_of_update, step_parts
 from training.supervision import Supervision
 
 
@@ -380,8 +386,8 @@ def _train(accelerator: Accelerator, config: StageConfig, parts: StageParts, out
                 terms = module(part.batch, seed=part.seed, epoch=state.epoch, totals=part.totals)
                 accelerator.backward(terms["loss"])
                 norm = None
-                if accelerator.sync_gradients and options.max_grad_norm is not None:
-                    norm = accelerator.clip_grad_norm_(module.parameters(), options.max_grad_norm)
+                if part.last and options.max_grad_norm is not None:
+                    norm = clip_gradients(accelerator, module, options.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             guard.add(terms, part.batch, state, norm, part.last)
@@ -425,6 +431,7 @@ def _train(accelerator: Accelerator, config: StageConfig, parts: StageParts, out
     progress.close()
     if average is not None:
         average.apply()
+    gather_weights(accelerator, module)
 
 
 def _due(update: int, every: int) -> bool:

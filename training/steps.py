@@ -73,6 +73,12 @@ def part_of_update(accelerator: Accelerator, module: nn.Module, last: bool) -> I
         yield
 
 
+def clip_gradients(accelerator: Accelerator, module: nn.Module, limit: float) -> Tensor:
+    """Clips the gradients of the wrapped module to a norm; returns the norm that they had, in every process."""
+    norm = accelerator.clip_grad_norm_(module.parameters(), limit)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
+
+
 def add_up(sums: dict[str, Tensor], losses: dict[str, Tensor]) -> dict[str, Tensor]:
     """Sums of terms by name, in float32 and without gradient: the loss of an update of those of its parts."""
     added = {name: value.detach().float() + sums.get(name, 0.0) for name, value in losses.items()}
@@ -141,4 +147,4 @@ class SharedSplit:
         return sums
 
 
-__all__ = ["SharedSplit", "StepPart", "add_up", "part_of_update", "share_of_batches", "step_parts"]
+__all__ = ["SharedSplit", "StepPart", "add_up", "clip_gradients", "part_of_update", "share_of_batches", "step_parts"]

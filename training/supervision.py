@@ -47,6 +47,7 @@ from training.transforms import Augmentation
 SENTENCES, PHRASES, DESCRIBED_SENTENCES, DESCRIBED_ANATOMIES, ANATOMIES, ANATOMY_TEXTS, FINDING_TEXTS = range(101, 108)
 ROI_SKIP = {"sentences": 111, "phrases": 112, "anatomies": 113, "classes": 114}
 REGION_DROP = {name: key + 10 for name, key in ROI_SKIP.items()}
+BLOCKS = {"CLIPEncoderLayer", "ChexDecoderLayer", "GPT2Block"}
 
 
 class PromptBank(nn.Module):
@@ -86,6 +87,11 @@ class Supervision(nn.Module):
         super().__init__()
         self.model = model
         self.keep_frozen_in_train_mode = keep_frozen_in_train_mode
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Blocks that `accelerate` shards one by one, those that there are."""
+        return sorted({type(module).__name__ for module in self.modules()} & BLOCKS)
 
     def train(self, mode: bool = True) -> "Supervision":
         super().train(mode)
