@@ -3,12 +3,13 @@ Images per second and memory of streaming prepared data, for growing data sets a
 
 Draws the phantom at each size with `chex data prepare` (kept in --folder for the next time), then reads batches from
 it in a fresh process: `RecordStream` through a `DataLoader`, shuffled. Memory is the largest sum over the process and
-its workers of what they do not share (USS), beyond that of the imports; the table of texts, which training needs and
-which grows with the number of different texts, is listed apart. Run from the repository root:
+its workers, in which what they share counts once (PSS), beyond that of the imports; the table of texts, which training
+needs and which grows with the number of different texts, is listed apart. Run from the repository root:
 `python benchmarks/stream_scale.py`.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -30,9 +31,12 @@ BATCH = 64
 
 
 def megabytes() -> float:
-    """Memory that this process and its workers do not share."""
-    process = psutil.Process()
-    return sum(part.memory_full_info().uss for part in [process, *process.children(recursive=True)]) / 2**20
+    """Memory of this process and its workers. (What only one of them holds would leave out all that a fork shares.)"""
+    process, used = psutil.Process(), 0
+    for part in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # a worker may end meanwhile
+            used += part.memory_full_info().pss
+    return used / 2**20
 
 
 def measure(folder: Path, workers: int, images: int) -> dict[str, float]:
