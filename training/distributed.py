@@ -119,7 +119,7 @@ def warn_of_missing_processes(num_processes: int) -> None:
     if num_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         logger.warning(
             "The launcher was asked for several processes but has started one, which trains with a batch for one "
-            "process. On CPUs use: ACCELERATE_USE_CPU=true torchrun --nproc_per_node N SCRIPT ..."
+            "process. On CPUs use: torchrun --nproc_per_node N SCRIPT ..."
         )
 
 

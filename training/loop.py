@@ -241,6 +241,7 @@ def _set_up(config: StageConfig, build: Callable[[StageConfig], StageParts]) -> 
                 f"tracking.trackers names {name}, which is not installed: run `pip install {name}`, or leave it out."
             )
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # otherwise processes on CPUs would not be connected
         mixed_precision=choose_precision(config.mixed_precision),
         log_with=list(config.tracking.trackers) or None,
         project_config=ProjectConfiguration(config.output_dir, str(Path(config.output_dir) / "trackers")),
