@@ -212,7 +212,6 @@ def test_weights_in_half_precision_are_trained_in_full(model_dir, complete, tmp_
         (["trainable=[text_model]"], "`trainable` names 'text_model', but the prompt encoder is frozen"),
         (["trainable=[]"], "Nothing can be learned, because every configured loss is off: .*what is trained, nothing"),
         (["model={projection_dim: 3}"], "unknown key 'projection_dim'"),
-        (["lora={rank: 2}"], "add sentence_generator to `trainable`"),
     ],
 )
 def test_mistakes(model_dir, complete, tmp_path, overrides, message):
@@ -436,4 +435,10 @@ def test_targets_of_adapters(model_dir, complete, tmp_path, lora, message):
 @pytest.mark.parametrize("lora", ["{rank: 0}", "{alpha: 0}", "{dropout: 1}", "{targets: []}", "{ranks: 3}", "5"])
 def test_settings_of_adapters(lora):
     with pytest.raises(ValueError, match="lora"):
-        load_config(CONFIG_DIR / "finetune.yaml", [f"lora={lora}"])
+        load_config(CONFIG_DIR / "finetune.yaml", ["trainable=[sentence_generator]", f"lora={lora}"])
+
+
+def test_adapters_need_the_generator_to_be_trained():
+    with pytest.raises(ValueError, match="lora adapts the sentence generator: add sentence_generator to trainable"):
+        load_config(CONFIG_DIR / "finetune.yaml", ["lora={}"])
+    assert load_config(CONFIG_DIR / "finetune.yaml", ["lora={}", "trainable=[sentence_generator]"]).lora.rank == 8

@@ -237,6 +237,8 @@ class StageConfig:
     selection: SelectionConfig = field(default_factory=SelectionConfig)
 
     def __post_init__(self) -> None:
+        if self.lora is not None and "sentence_generator" not in self.trainable:
+            raise ValueError("lora adapts the sentence generator: add sentence_generator to trainable.")
         if self.selection.patience is not None and self.tracking.validate_every == 0:
             raise ValueError("selection.patience counts validations, so set tracking.validate_every above 0.")
         for name in self.selection.names:

@@ -38,8 +38,6 @@ def supervised_stage(config: StageConfig, model: ChexModel, processor: ChexProce
     data = read_data(config.data, processor.image_processor)
     set_trainable(model, config.trainable, config.frozen_vision_layers)
     if config.lora is not None:
-        if "sentence_generator" not in config.trainable:
-            raise ValueError("`lora` adapts the sentence generator: add sentence_generator to `trainable`.")
         add_adapters(model.sentence_generator, config.lora)
     trained = {name for name, part in model.named_children() if any(p.requires_grad for p in part.parameters())}
     weights, off = usable_weights(config.objectives.weights, annotated_kinds(data.train), model, trained)
