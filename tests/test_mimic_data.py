@@ -1,8 +1,10 @@
 """MIMIC-CXR, Chest ImaGenome and MS-CXR: records that are built from small downloads in the raw formats."""
 
+import contextlib
 import json
 import logging
 import multiprocessing
+import os
 import pickle
 import re
 import zipfile
@@ -10,6 +12,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import PIL.Image
+import PIL.ImageFile
 import pytest
 
 from processing_chex.vocabulary import ANATOMY_NAMES, CHEXPERT_CLASSES, CIG_CLASSES, MSCXR_CLASSES
@@ -37,7 +41,8 @@ from training.data import builder_class
 from training.data.chest_imagenome import ChestImagenome
 from training.data.mimic_cxr import FileStore, MimicCxr
 from training.data.ms_cxr import MsCxr
-from training.data.raw import RawBuilder
+from training.data.preparation import PreparationError, prepare, read_record
+from training.data.raw import RawBuilder, RejectedRecord
 from training.data.record import record_features
 
 
@@ -288,6 +293,7 @@ class TestChestImagenome:
         ("content", "message"),
         [
             (b'{"image_id": "aaaa', r"aaaaaaaa_SceneGraph.json in .*scene_graph.zip is truncated or damaged"),
+            (b"[" * 100_000, r"aaaaaaaa_SceneGraph.json in .*scene_graph.zip is truncated or damaged"),
             (b"\xff\xfe\xff", "aaaaaaaa_SceneGraph.json in .*scene_graph.zip is truncated or damaged"),
             (b'{"image_id": "another"}', "aaaaaaaa_SceneGraph.json in .* is not the scene graph of aaaaaaaa"),
             (json.dumps({"image_id": IMAGES["a"].dicom_id}).encode(), "another structure than expected.*viewpoint"),
@@ -527,6 +533,92 @@ class TestFolders:
         assert [value.value for value in failures] == [0, 0, 0]
 
 
+@contextlib.contextmanager
+def without_privileges():
+    """Files may be read as their permissions say, also where the tests run as root."""
+    privileged = os.geteuid() == 0
+    if privileged:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if privileged:
+            os.seteuid(0)
+
+
+class TestUnusableFiles:
+    """They make their own image unusable, whatever is wrong with them."""
+
+    @pytest.fixture
+    def unpacked(self, tmp_path) -> Path:
+        images = sample_images()
+        root = write_jpg(tmp_path / "raw", images)
+        write_reports(root, images, archive=None)
+        return write_imagenome(root, images, archive=None)
+
+    @pytest.mark.parametrize("kind", ["folder of an image", "image", "report", "scene graph"])
+    def test_what_may_not_be_read(self, unpacked, tmp_path, kind):
+        builder = ChestImagenome(cache_dir=str(tmp_path / "cache"), data_dir=str(unpacked))
+        item = builder.items()["train"][0]
+        read_record(builder, item)
+        image = Path(item["image_path"])
+        path = {
+            "folder of an image": image.parent,
+            "image": image,
+            "report": Path(item["report_path"]),
+            "scene graph": Path(item["graph_path"]),
+        }[kind]
+        path.chmod(0)
+        try:
+            with without_privileges(), pytest.raises(RejectedRecord, match="Permission denied"):
+                read_record(builder, item)
+        finally:
+            path.chmod(0o755)
+
+    def test_member_of_an_archive_that_is_encrypted(self, tmp_path):
+        root = write_all(tmp_path / "raw")
+        data = bytearray((root / REPORTS).read_bytes())
+        start = 0
+        while (start := data.find(b"PK\x01\x02", start)) >= 0:
+            data[start + 8] |= 1
+            start += 4
+        (root / REPORTS).write_bytes(data)
+        builder = MimicCxr(cache_dir=str(tmp_path / "cache"), data_dir=str(root))
+        with pytest.raises(RejectedRecord, match="reports.zip cannot be unpacked .*encrypted"):
+            read_record(builder, builder.items()["train"][0])
+
+    def test_truncated_images_are_accepted_if_asked_for(self, tmp_path):
+        root = write_all(tmp_path / "raw")
+        path = root / "mimic-cxr-jpg-2.0.0" / IMAGES["a"].path
+        PIL.Image.effect_noise((IMAGES["a"].width, IMAGES["a"].height), 60).save(path)
+        whole = np.asarray(PIL.Image.open(path))
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+        builder = MimicCxr(cache_dir=str(tmp_path / "cache"), data_dir=str(root))
+        with pytest.raises(RejectedRecord, match="truncated"):
+            builder.load_image(path)
+        builder = MimicCxr(cache_dir=str(tmp_path / "cache"), data_dir=str(root), truncated="accept")
+        part = builder.load_image(path)
+        assert part.shape == whole.shape and (part[:8] == whole[:8]).all() and (part[-8:] != whole[-8:]).any()
+        assert not PIL.ImageFile.LOAD_TRUNCATED_IMAGES
+        with pytest.raises(ValueError, match="truncated must be 'reject' or 'accept', not 'yes'"):
+            MimicCxr(cache_dir=str(tmp_path / "cache"), data_dir=str(root), truncated="yes")
+
+    def test_changed_report_or_scene_graph_is_prepared_again(self, unpacked, tmp_path):
+        out = tmp_path / "out"
+        options = {"data_dir": unpacked, "num_proc": 1, "max_rejected": 0}
+        first = prepare("chest-imagenome", out, **options)
+        item = ChestImagenome(cache_dir=str(tmp_path / "cache"), data_dir=str(unpacked)).items()["train"][0]
+        report = Path(item["report_path"])
+        report.write_bytes(b" FINAL REPORT\n IMPRESSION:  Something else is seen.\n")
+        with pytest.raises(PreparationError, match="prepared from other raw files"):
+            prepare("chest-imagenome", out, **options)
+        assert prepare("chest-imagenome", out, overwrite=True, **options).content != first.content
+        graph = Path(item["graph_path"])
+        graph.write_bytes(graph.read_bytes() + b" ")
+        with pytest.raises(PreparationError, match="prepared from other raw files"):
+            prepare("chest-imagenome", out, **options)
+
+
 class TestMessages:
     @pytest.mark.parametrize(
         ("name", "needs", "variable", "tree"),
@@ -602,6 +694,9 @@ class TestMessages:
         (root / METADATA).write_bytes(packed[: len(packed) // 2])
         with pytest.raises(ValueError, match="metadata.csv.gz is truncated or damaged"):
             build(MimicCxr, tmp_path / "cache", data_dir=root)
+        (root / METADATA).write_bytes(packed[:60] + bytes(255 - value for value in packed[60:90]) + packed[90:])
+        with pytest.raises(ValueError, match="metadata.csv.gz is truncated or damaged .*download it again"):
+            build(MimicCxr, tmp_path / "cache", data_dir=root)
         (root / METADATA).write_bytes(b"")
         with pytest.raises(ValueError, match="metadata.csv.gz is empty"):
             build(MimicCxr, tmp_path / "cache", data_dir=root)
@@ -609,11 +704,21 @@ class TestMessages:
         rows = [{"dicom_id": image.dicom_id, "ViewPosition": image.view} for image in sample_images()]
         text = table_bytes(METADATA_COLUMNS, rows)
         write_file(root / METADATA.removesuffix(".gz"), text[:-6])
-        with pytest.raises(ValueError, match=r"metadata.csv, row 9: 7 fields where the header has 12"):
+        with pytest.raises(ValueError, match=r"metadata.csv, line 9: 7 fields where the header has 12"):
             build(MimicCxr, tmp_path / "cache", data_dir=root)
         write_file(root / METADATA.removesuffix(".gz"), text.replace(b"aaaa", b"\xff\xff\xff\xff"))
         with pytest.raises(ValueError, match=r"metadata.csv is not a csv file in UTF-8"):
             build(MimicCxr, tmp_path / "cache", data_dir=root)
+
+    def test_quotation_mark_that_is_never_closed(self, tmp_path):
+        root = write_all(tmp_path / "raw")
+        text = table_bytes(METADATA_COLUMNS, [{"dicom_id": "a", "ViewPosition": '"'}]).replace(b'""""', b'"')
+        for length in (10, 200_000):
+            write_file(root / METADATA, text + b"b" * length)
+            with pytest.raises(
+                ValueError, match=r"metadata.csv.gz.*(line 3: \d fields|after line \d).*download it again"
+            ):
+                build(MimicCxr, tmp_path / "cache", data_dir=root)
 
     def test_missing_columns(self, tmp_path):
         root = write_all(tmp_path / "raw")
@@ -636,12 +741,16 @@ class TestMessages:
         images = sample_images()
         images[0].split = "val"
         root = write_all(tmp_path / "1", images)
-        with pytest.raises(ValueError, match="unknown values of split: 'val'. Known: train, validate, test"):
+        with pytest.raises(
+            ValueError, match=r"split: 'val', the first that of aaaa.*. Known: train, validate, test. .*download"
+        ):
             build(MimicCxr, tmp_path / "cache", data_dir=root)
         images = sample_images()
         images[0].labels = {"Edema": "2.0"}
         root = write_all(tmp_path / "2", images)
-        with pytest.raises(ValueError, match=r"chexpert.csv.gz: unknown labels '2.0'. Known: 1.0 \(positive\)"):
+        with pytest.raises(
+            ValueError, match=r"chexpert.csv.gz: study 5\d+ has the unknown label '2.0' of Edema. Known: 1.0"
+        ):
             build(MimicCxr, tmp_path / "cache", data_dir=root)
         rows = [{"dicom_id": IMAGES["a"].dicom_id, "ViewPosition": "PA", "Rows": "48", "Columns": ""}]
         write_file(root / METADATA, table_bytes(METADATA_COLUMNS, rows))

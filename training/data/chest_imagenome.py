@@ -9,8 +9,8 @@ from typing import ClassVar
 import numpy as np
 
 from processing_chex.vocabulary import ANATOMY_NAMES, CIG_CLASSES, NUM_CIG_FINDINGS
-from training.data.mimic_cxr import JPG_SOURCE, REPORT_SOURCE, FileStore, MimicBuilder
-from training.data.raw import DroppedRecord, RawConfig, RejectedRecord, Source, clipped_box
+from training.data.mimic_cxr import JPG_SOURCE, REPORT_SOURCE, FileStore, MimicBuilder, MimicConfig
+from training.data.raw import DroppedRecord, RejectedRecord, Source, clipped_box
 from training.data.record import VIEWS
 from training.data.report_text import clean_phrase
 
@@ -120,18 +120,20 @@ def anatomy_columns(graph: dict, height: int, width: int, notes: Counter[str]) -
     }
 
 
+def _graph_name(item: dict) -> str:
+    return item["sample_id"].rpartition("/")[2] + _SUFFIX
+
+
 @dataclass
-class ChestImagenomeConfig(RawConfig):
+class ChestImagenomeConfig(MimicConfig):
     """
     Args:
-        jpg_dir: Folder of MIMIC-CXR-JPG.
         report_dir: Folder of the reports of MIMIC-CXR; may be the same.
         imagenome_dir: Folder of Chest ImaGenome.
         reports: Leave out images of studies without a usable report, as for training. Without, as for evaluation, no
             reports are needed or read.
     """
 
-    jpg_dir: str | None = None
     report_dir: str | None = None
     imagenome_dir: str | None = None
     reports: bool = True
@@ -161,26 +163,29 @@ class ChestImagenome(MimicBuilder):
         annotated = {name.removesuffix(_SUFFIX) for name in self.scene_graphs.names() if name.endswith(_SUFFIX)}
         for name, items in splits.items():
             splits[name] = [item for item in items if item["sample_id"].rpartition("/")[2] in annotated]
+            if not self.scene_graphs.zipped:
+                for item in splits[name]:
+                    item["graph_path"] = str(self.scene_graphs.path / _graph_name(item))
             self.counts[name]["with a scene graph"] = len(splits[name])
         used = sum(map(len, splits.values()))
         self.counts["scene graphs"] = Counter({"files": len(annotated), "of images above": used})
         return splits
 
-    def _scene_graph(self, image_id: str) -> dict:
-        name = image_id + _SUFFIX
+    def _scene_graph(self, item: dict) -> dict:
+        image_id, name = item["sample_id"].rpartition("/")[2], _graph_name(item)
         where = f"{name} in {self.scene_graphs.path}"
         try:
             graph = json.loads(self.scene_graphs.read(name))
         except FileNotFoundError as error:
             raise RejectedRecord(f"there is no {where}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RejectedRecord(f"{where} is truncated or damaged ({error})") from error
         if not isinstance(graph, dict) or str(graph.get("image_id")).removesuffix(".dcm") != image_id:
             raise RejectedRecord(f"{where} is not the scene graph of {image_id}")
         return graph
 
     def record(self, item: dict) -> dict:
-        graph = self._scene_graph(item["sample_id"].rpartition("/")[2])
+        graph = self._scene_graph(item)
         try:
             columns = anatomy_columns(graph, item["height"], item["width"], self.notes)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -675,7 +675,7 @@ def _fetch_mimic_cxr(job: _Downloader, subset: Sequence[str] | None, limit: int 
     job.fetch("mimic-cxr", ["mimic-cxr-reports.zip"])
     if not images:
         return
-    from training.data.mimic_cxr import read_columns
+    from training.data.raw import read_columns
     from training.data.record import VIEWS
 
     root = job.root("mimic-cxr-jpg")
@@ -701,8 +701,7 @@ def _fetch_ms_cxr(job: _Downloader, subset: Sequence[str] | None, limit: int | N
     if not images:
         return
     job.fetch("mimic-cxr-jpg", _MIMIC_TABLES)
-    from training.data.mimic_cxr import read_columns
-    from training.data.raw import read_table
+    from training.data.raw import read_columns, read_table
     from training.data.record import VIEWS
 
     boxed = {row["dicom_id"] for row in read_table(job.root("ms-cxr") / name, ("dicom_id",))}

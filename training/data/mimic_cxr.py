@@ -3,20 +3,17 @@ MIMIC-CXR: the frontal images of MIMIC-CXR-JPG with report sentences and CheXper
 annotate images of MIMIC-CXR share.
 """
 
-import csv
 import logging
 import os
 import zipfile
-import zlib
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
-import pyarrow as pa
-import pyarrow.csv
+import numpy as np
 
 from processing_chex.vocabulary import CHEXPERT_CLASSES
 from training.data.raw import (
@@ -27,8 +24,10 @@ from training.data.raw import (
     RejectedRecord,
     Source,
     image_size,
+    is_missing,
+    load_grey,
     login_page_hint,
-    read_bytes,
+    read_columns,
 )
 from training.data.record import VIEWS, empty_record
 from training.data.report_text import report_sentences
@@ -137,7 +136,7 @@ class FileStore:
 
     def __contains__(self, name: str) -> bool:
         if not self.zipped:
-            return (self.path / name).is_file()
+            return not is_missing(self.path / name)
         archive = self._open()
         return self._prefix + name in archive.NameToInfo
 
@@ -145,16 +144,21 @@ class FileStore:
         """
         Raises:
             FileNotFoundError: There is no such file.
-            RejectedRecord: It cannot be unpacked.
+            RejectedRecord: It cannot be read or unpacked.
         """
         if not self.zipped:
-            return (self.path / name).read_bytes()
+            try:
+                return (self.path / name).read_bytes()
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                raise RejectedRecord(f"{self.path / name} cannot be read ({error.strerror})") from error
         archive = self._open()
         try:
             return archive.read(self._prefix + name)
         except KeyError as error:
             raise FileNotFoundError(f"{self.path} holds no {name}") from error
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        except Exception as error:  # damaged archives raise nearly anything
             raise RejectedRecord(f"{name} in {self.path} cannot be unpacked ({error})") from error
 
 
@@ -171,56 +175,22 @@ def find_table(folder: Path, pattern: str) -> Path:
     return found[0]
 
 
-def read_columns(path: Path, columns: Sequence[str], unique: str | None = None) -> dict[str, list[str]]:
+@dataclass
+class MimicConfig(RawConfig):
     """
-    Columns of a large csv file (or .csv.gz) as strings; blanks around header names are removed.
-
     Args:
-        unique: Column in which no value may stand twice.
-
-    Raises:
-        ValueError: Missing columns, a row of another length, repeated values, or a file that is no csv.
+        jpg_dir: Folder of MIMIC-CXR-JPG.
+        truncated: "reject" images whose file ends too early, or "accept" what there is of them, as the paper's code
+            does.
     """
-    data = read_bytes(path)
-    first_line = data[: data.find(b"\n") + 1 or len(data)].decode("utf-8-sig", errors="replace")
-    raw_names = {name.strip(): name for name in next(csv.reader([first_line]), [])}
-    if missing := [name for name in columns if name not in raw_names]:
-        raise ValueError(
-            f"{path} lacks the columns {', '.join(missing)}; found: {', '.join(raw_names) or 'none'}. It is not the "
-            "table of that name of MIMIC-CXR-JPG: download it again."
-        )
-    bad_rows: list[pa.csv.InvalidRow] = []
 
-    def note_bad_row(row: pa.csv.InvalidRow) -> str:
-        bad_rows.append(row)
-        return "skip"
+    jpg_dir: str | None = None
+    truncated: str = "reject"
 
-    try:
-        table = pa.csv.read_csv(
-            pa.BufferReader(data),
-            read_options=pa.csv.ReadOptions(use_threads=False),  # rows have numbers only then
-            parse_options=pa.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=note_bad_row),
-            convert_options=pa.csv.ConvertOptions(
-                include_columns=[raw_names[name] for name in columns],
-                column_types=dict.fromkeys(raw_names.values(), pa.string()),
-                strings_can_be_null=False,
-            ),
-        )
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a csv file in UTF-8 ({error}): download it again.") from error
-    if bad_rows:
-        raise ValueError(
-            f"{path}, row {bad_rows[0].number}: {bad_rows[0].actual_columns} fields where the header has "
-            f"{bad_rows[0].expected_columns}. The file is truncated or damaged: download it again."
-        )
-    values = {name: table[raw_names[name]].to_pylist() for name in columns}
-    if unique and len(set(values[unique])) < table.num_rows:
-        repeated = [value for value, count in Counter(values[unique]).items() if count > 1]
-        raise ValueError(
-            f"{path}: {len(repeated):,} values of {unique} stand more than once, such as {', '.join(repeated[:3])}. "
-            "The table was damaged or put together twice: download it again."
-        )
-    return values
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.truncated not in ("reject", "accept"):
+            raise ValueError(f"{type(self).__name__}.truncated must be 'reject' or 'accept', not {self.truncated!r}.")
 
 
 class MimicBuilder(RawBuilder):
@@ -233,6 +203,9 @@ class MimicBuilder(RawBuilder):
             self.SOURCES = tuple(source for source in self.SOURCES if source is not REPORT_SOURCE)
         super().__init__(*args, **kwargs)
         self.reports = self._report_files()
+
+    def load_image(self, path: str | Path) -> np.ndarray:
+        return load_grey(path, truncated=self.config.truncated == "accept")
 
     def _report_files(self) -> FileStore | None:
         return FileStore(self.folders["report"], "files", _REPORT_ARCHIVE) if "report" in self.folders else None
@@ -260,9 +233,10 @@ class MimicBuilder(RawBuilder):
         path = self._jpg_table("split")
         table = read_columns(path, ("dicom_id", "split"), unique="dicom_id")
         if unknown := sorted(set(table["split"]) - set(MIMIC_SPLITS)):
+            image = next(image for image, split in zip(*table.values(), strict=True) if split == unknown[0])
             raise ValueError(
-                f"{path}: unknown values of split: {', '.join(map(repr, unknown[:5]))}. Known: "
-                f"{', '.join(MIMIC_SPLITS)}."
+                f"{path}: unknown values of split: {', '.join(map(repr, unknown[:5]))}, the first that of {image}. "
+                f"Known: {', '.join(MIMIC_SPLITS)}. The table was damaged or edited: download it again."
             )
         official = dict(zip(table["dicom_id"], table["split"], strict=True))
         path = self._jpg_table("metadata")
@@ -297,15 +271,16 @@ class MimicBuilder(RawBuilder):
                     f"{path}: Rows and Columns of {image} are {rows!r} and {columns!r} instead of whole numbers. The "
                     "table was damaged or edited: download it again."
                 ) from error
-            items[split].append(
-                {
-                    "sample_id": f"{subject}/{study}/{image}",
-                    "image_path": f"{folder}/{image}.jpg",
-                    "height": height,
-                    "width": width,
-                    "view": view,
-                }
-            )
+            item = {
+                "sample_id": f"{subject}/{study}/{image}",
+                "image_path": f"{folder}/{image}.jpg",
+                "height": height,
+                "width": width,
+                "view": view,
+            }
+            if self.reports and not self.reports.zipped:
+                item["report_path"] = str(self.reports.path / _report_name(subject, study))
+            items[split].append(item)
         if without_split:
             logger.warning("%s: %d images of the metadata have no split.", self.TITLE, without_split)
         return items
@@ -361,16 +336,14 @@ def _report_name(subject: str, study: str) -> str:
 
 
 @dataclass
-class MimicCxrConfig(RawConfig):
+class MimicCxrConfig(MimicConfig):
     """
     Args:
-        jpg_dir: Folder of MIMIC-CXR-JPG.
         report_dir: Folder of the reports of MIMIC-CXR; may be the same.
         reports: Leave out images of studies without a usable report. Without, no reports are needed or read.
         uncertain: Whether an uncertain CheXpert label counts as "positive", as in the paper, or "negative".
     """
 
-    jpg_dir: str | None = None
     report_dir: str | None = None
     reports: bool = True
     uncertain: str = "positive"
@@ -412,11 +385,13 @@ class MimicCxr(MimicBuilder):
         values = {"": 0, "0": 0, "1": 1, "-1": _UNCERTAIN[self.config.uncertain]}
         values |= {f"{text}.0": value for text, value in values.items() if text}
         studies = table.pop("study_id")
-        if unknown := {text for column in table.values() for text in column} - set(values):
-            raise ValueError(
-                f"{path}: unknown labels {', '.join(map(repr, sorted(unknown)[:5]))}. Known: 1.0 (positive), 0.0 "
-                "(negative), -1.0 (uncertain) and blank (not mentioned)."
-            )
+        for name, column in table.items():
+            if unknown := sorted(set(column) - set(values)):
+                raise ValueError(
+                    f"{path}: study {studies[column.index(unknown[0])]} has the unknown label {unknown[0]!r} of "
+                    f"{name}. Known: 1.0 (positive), 0.0 (negative), -1.0 (uncertain) and blank (not mentioned). The "
+                    "table was damaged or edited: download it again."
+                )
         columns = [[values[text] for text in column] for column in table.values()]
         return dict(zip(studies, map(bytes, zip(*columns, strict=True)), strict=True))
 
@@ -433,8 +408,8 @@ __all__ = [
     "REPORT_SOURCE",
     "FileStore",
     "MimicBuilder",
+    "MimicConfig",
     "MimicCxr",
     "MimicCxrConfig",
     "find_table",
-    "read_columns",
 ]

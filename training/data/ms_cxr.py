@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from processing_chex.vocabulary import MSCXR_CLASSES
-from training.data.mimic_cxr import JPG_SOURCE, MimicBuilder, find_table
-from training.data.raw import DroppedRecord, RawConfig, RejectedRecord, Source, clipped_box, read_table
+from training.data.mimic_cxr import JPG_SOURCE, MimicBuilder, MimicConfig, find_table
+from training.data.raw import DroppedRecord, RejectedRecord, Source, clipped_box, read_table
 
 
 _TABLE = "MS_CXR_Local_Alignment_v*"
@@ -26,14 +26,12 @@ MSCXR_SOURCE = Source(
 
 
 @dataclass
-class MsCxrConfig(RawConfig):
+class MsCxrConfig(MimicConfig):
     """
     Args:
-        jpg_dir: Folder of MIMIC-CXR-JPG.
         mscxr_dir: Folder of MS-CXR.
     """
 
-    jpg_dir: str | None = None
     mscxr_dir: str | None = None
 
 
@@ -59,7 +57,7 @@ class MsCxr(MimicBuilder):
             if row["category_name"] not in MSCXR_CLASSES:
                 raise ValueError(
                     f"{path}: unknown category {row['category_name']!r} of image {row['dicom_id']}. Known: "
-                    f"{', '.join(MSCXR_CLASSES)}."
+                    f"{', '.join(MSCXR_CLASSES)}. Correct the row, or download the table again."
                 )
             boxes.setdefault(row["dicom_id"], []).append({name: row[name] for name in _COLUMNS})
         splits = self.frontal_items(boxes, _SPLIT_NAMES)

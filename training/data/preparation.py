@@ -64,7 +64,16 @@ from training.data.prepared import (
     is_prepared,
     read_info,
 )
-from training.data.raw import DroppedRecord, RawBuilder, RejectedRecord, Source, builder_options, check_images_exist
+from training.data.raw import (
+    MISSING,
+    DroppedRecord,
+    RawBuilder,
+    RejectedRecord,
+    Source,
+    builder_options,
+    check_images_exist,
+    is_missing,
+)
 from training.data.record import record_classes
 
 
@@ -78,7 +87,6 @@ MIN_SHARDS, MIN_SHARD_RECORDS = 16, 50
 ROW_GROUP = 100
 IMAGE_FORMAT = "PNG"
 MIN_SIZE = 32
-_MISSING = "the image file is missing"  # also what load_grey says
 _SAMPLES = 8  # records that the estimate of disk space is made from
 
 
@@ -215,7 +223,7 @@ class _Done:
 
     def counted(self, skip_missing: bool) -> list[list[str]]:
         """Rejections that count against the limit: missing images do not where they were allowed."""
-        return [row for row in self.rejected if not (skip_missing and row[2] == _MISSING)]
+        return [row for row in self.rejected if not (skip_missing and row[2] == MISSING)]
 
 
 @dataclass(frozen=True)
@@ -730,8 +738,8 @@ def read_record(builder: RawBuilder | PhantomSource, item: dict) -> dict:
         PreparationError: Whatever else is wrong, naming the image.
     """
     try:
-        if "image_path" in item and not Path(item["image_path"]).is_file():
-            raise RejectedRecord(_MISSING)
+        if "image_path" in item and is_missing(item["image_path"]):
+            raise RejectedRecord(MISSING)
         record = builder.record(item)
         image = builder.load_image(record["image"])
     except (OSError, ValueError) as error:

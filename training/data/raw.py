@@ -7,6 +7,8 @@ import io
 import logging
 import os
 import re
+import stat
+import zlib
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +20,7 @@ import datasets
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
+import PIL.ImageFile
 import pydicom
 
 from training.data.record import record_features
@@ -28,6 +31,8 @@ logger = logging.getLogger(__name__)
 # Bumped when the same raw files would give other records.
 RECORD_VERSION = "1"
 SPLITS = ("train", "validation", "test")
+MISSING = "the image file is missing"
+SKIP_HINT = "Images that are missing or damaged are left out with --option missing=skip (in Python missing='skip')."
 # Folders of images, or of one file for each image: nothing else is to be found in them.
 _IMAGE_FOLDER = re.compile(r"files|images([_-].*)?|scene_graph|train|test|p\d{2}|p\d{8}|s\d{8}")
 _SEARCH_DEPTH = 5
@@ -272,8 +277,8 @@ class RawBuilder(datasets.GeneratorBasedBuilder):
         left_out: Counter[str] = Counter()
         for item in items:
             try:
-                if not Path(item["image_path"]).is_file():
-                    raise RejectedRecord("the image file is missing")
+                if is_missing(item["image_path"]):
+                    raise RejectedRecord(MISSING)
                 record = self.record(item)
                 record["image"] = self.image_file(record["image"])
             except DroppedRecord as error:
@@ -282,7 +287,7 @@ class RawBuilder(datasets.GeneratorBasedBuilder):
             except RejectedRecord as error:
                 if self.config.missing == "error":
                     raise ValueError(
-                        f"{self.TITLE}: {item['sample_id']} cannot be used: {error}. missing='skip' leaves such out."
+                        f"{self.TITLE}: {item['sample_id']} cannot be used: {error}. {SKIP_HINT}"
                     ) from error
                 left_out[str(error)] += 1
                 continue
@@ -300,17 +305,32 @@ def notes_text(notes: Counter[str]) -> str:
     return "; ".join(f"{count:,} {what}" for what, count in notes.most_common(20))
 
 
+def is_missing(path: str | Path) -> bool:
+    """Whether there is no such file. In a folder that may not be read it counts as there: opening it says why not."""
+    try:
+        # Not Path.is_file: `datasets` replaces `Path` in modules of builders by one that hides missing permissions.
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except PermissionError:
+        return False
+    except (OSError, ValueError):  # ValueError: a path with a zero byte
+        return True
+
+
 def check_images_exist(title: str, splits: Mapping[str, Sequence[dict]], allowed_percent: float = 0.0) -> None:
     """
     Raises:
         FileNotFoundError: More images are missing than allowed; names the first five and how many there are.
     """
-    paths = [item["image_path"] for items in splits.values() for item in items]
-    missing = [path for path in paths if not Path(path).is_file()]
-    if len(missing) > allowed_percent / 100 * len(paths):
+    items = [item for of_split in splits.values() for item in of_split]
+    missing = [item for item in items if is_missing(item["image_path"])]
+    if len(missing) > allowed_percent / 100 * len(items):
+        examples = (
+            item["image_path"] + (f" ({item['file']}, line {item['line']})" if "line" in item else "")
+            for item in missing[:5]
+        )
         raise FileNotFoundError(
-            f"{title}: {len(missing):,} of {len(paths):,} images are missing, such as {', '.join(missing[:5])}. "
-            "Complete the download, or leave them out with missing='skip'."
+            f"{title}: {len(missing):,} of {len(items):,} images are missing, such as {', '.join(examples)}. Complete "
+            f"the download, or correct the paths. {SKIP_HINT}"
         )
 
 
@@ -331,9 +351,17 @@ def read_bytes(path: Path) -> bytes:
     Content of a file, unpacked if its name ends with .gz.
 
     Raises:
-        ValueError: It is empty, is a web page that was saved in its place, or cannot be unpacked.
+        FileNotFoundError: There is no such file.
+        ValueError: It may not be read, is empty, is a web page that was saved in its place, or cannot be unpacked.
     """
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing: complete the download.") from error
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}): correct its permissions or copy it again."
+        ) from error
     head = data[:512].lstrip()
     if not data:
         raise ValueError(f"{path} is empty: download it again.")
@@ -345,7 +373,7 @@ def read_bytes(path: Path) -> bytes:
         raise ValueError(f"{path} is not a gzip file although its name says so; it {login_page_hint('may be')}")
     try:
         return gzip.decompress(data)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is truncated or damaged ({error}): download it again.") from error
 
 
@@ -368,47 +396,91 @@ def read_table(path: Path, columns: Iterable[str], hint: str = "") -> list[dict[
     Raises:
         ValueError: Missing columns, a row of another length, or a file that is no csv; see also `read_bytes`.
     """
-    try:
-        text = read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a csv file in UTF-8 ({error}): download it again.") from error
-    reader = csv.reader(io.StringIO(text, newline=""))
-    header = [name.strip() for name in next(reader, [])]
-    while header and not header[-1]:
-        header.pop()
-    if missing := [name for name in columns if name not in header]:
+    rows = _csv_rows(path, columns, hint)
+    header = next(rows)
+    return [dict(zip(header, values, strict=True)) for values in rows]
+
+
+def read_columns(path: Path, columns: Sequence[str], unique: str | None = None) -> dict[str, list[str]]:
+    """
+    Columns of a large csv file (or .csv.gz) as strings, otherwise like `read_table`.
+
+    Args:
+        unique: Column in which no value may stand twice.
+
+    Raises:
+        ValueError: As `read_table`, and repeated values.
+    """
+    rows = _csv_rows(path, columns)
+    header = next(rows)
+    values: dict[str, list[str]] = {name: [] for name in columns}
+    targets = [(header.index(name), values[name].append) for name in columns]
+    for row in rows:
+        for index, append in targets:
+            append(row[index])
+    if unique and len(set(values[unique])) < len(values[unique]):
+        repeated = [value for value, count in Counter(values[unique]).items() if count > 1]
         raise ValueError(
-            f"{path} lacks the columns {', '.join(missing)}; found: {', '.join(header) or 'none'}. {hint}".strip()
+            f"{path}: {len(repeated):,} values of {unique} stand more than once, such as {', '.join(repeated[:3])}. "
+            "The table was damaged or put together twice: download it again."
         )
-    rows = []
-    for values in reader:
-        if not values:
-            continue
-        while len(values) > len(header) and not values[-1]:
-            values.pop()
-        if len(values) != len(header):
+    return values
+
+
+def _csv_rows(path: Path, columns: Iterable[str], hint: str = "") -> Iterator[list[str]]:
+    """The header, then all rows, each as long as the header."""
+    reader = csv.reader(io.TextIOWrapper(io.BytesIO(read_bytes(path)), encoding="utf-8-sig", newline=""))
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        while header and not header[-1]:
+            header.pop()
+        if missing := [name for name in columns if name not in header]:
             raise ValueError(
-                f"{path}, line {reader.line_num}: {len(values)} fields where the header has {len(header)}. The file "
-                "is truncated or damaged: download it again."
+                f"{path} lacks the columns {', '.join(missing)}; found: {', '.join(header) or 'none'}. "
+                f"{hint or 'It is not the table of that name, or was edited: download it again.'}"
             )
-        rows.append(dict(zip(header, values, strict=True)))
-    return rows
+        yield header
+        for values in reader:
+            if not values:
+                continue
+            while len(values) > len(header) and not values[-1]:
+                values.pop()
+            if len(values) != len(header):
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: {len(values)} fields where the header has {len(header)}. The "
+                    "file is truncated or damaged: download it again."
+                )
+            yield values
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is not a csv file in UTF-8 ({error}, after line {reader.line_num}): download it again."
+        ) from error
 
 
-def load_grey(path: str | Path) -> np.ndarray:
+def load_grey(path: str | Path, truncated: bool = False) -> np.ndarray:
     """
     Decodes an 8-bit image file to uint8 (H, W).
 
+    Args:
+        truncated: Accept a file that ends too early; what is missing is of one grey.
+
     Raises:
-        RejectedRecord: The file is missing, empty, truncated or no image.
+        RejectedRecord: The file is missing, empty, truncated, of more than 8 bits or no image.
     """
+    before, PIL.ImageFile.LOAD_TRUNCATED_IMAGES = PIL.ImageFile.LOAD_TRUNCATED_IMAGES, truncated
     try:
         with PIL.Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise RejectedRecord(f"the image has more than 8 bits (mode {image.mode}): use the original file")
             return np.asarray(image.convert("L"))
+    except RejectedRecord:
+        raise
     except FileNotFoundError as error:
-        raise RejectedRecord("the image file is missing") from error
+        raise RejectedRecord(MISSING) from error
     except Exception as error:  # damaged files raise nearly anything
         raise RejectedRecord(f"the image cannot be decoded ({type(error).__name__}: {error})") from error
+    finally:
+        PIL.ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -423,7 +495,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
             turned = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
             return (image.width, image.height) if turned else (image.height, image.width)
     except FileNotFoundError as error:
-        raise RejectedRecord("the image file is missing") from error
+        raise RejectedRecord(MISSING) from error
     except Exception as error:  # damaged files raise nearly anything
         raise RejectedRecord(f"the image cannot be opened ({type(error).__name__}: {error})") from error
 
@@ -437,9 +509,13 @@ def dicom_size(path: str | Path) -> tuple[int, int]:
     """
     try:
         header = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
+        if "Rows" not in header or "Columns" not in header:
+            raise RejectedRecord("the file is damaged or holds no DICOM image: it has no image size")
         return int(header.Rows), int(header.Columns)
+    except RejectedRecord:
+        raise
     except FileNotFoundError as error:
-        raise RejectedRecord("the image file is missing") from error
+        raise RejectedRecord(MISSING) from error
     except Exception as error:  # damaged files raise nearly anything
         raise RejectedRecord(f"the DICOM header cannot be read ({type(error).__name__}: {error})") from error
 
@@ -461,6 +537,8 @@ def builder_options(builder: type[RawBuilder]) -> dict[str, object]:
 
 __all__ = [
     "SPLITS",
+    "MISSING",
+    "SKIP_HINT",
     "DroppedRecord",
     "RawBuilder",
     "RawConfig",
@@ -471,10 +549,12 @@ __all__ = [
     "clipped_box",
     "dicom_size",
     "image_size",
+    "is_missing",
     "load_grey",
     "login_page_hint",
     "notes_text",
     "read_bytes",
+    "read_columns",
     "read_table",
     "source_not_found",
 ]

@@ -5,7 +5,6 @@ import os
 import random
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -16,10 +15,12 @@ from tqdm.auto import tqdm
 from training.data import builder_class
 from training.data.download import CHECKSUMS, read_checksums
 from training.data.raw import (
+    SKIP_HINT,
     DroppedRecord,
     RawBuilder,
     RejectedRecord,
     builder_options,
+    is_missing,
     login_page_hint,
     read_bytes,
 )
@@ -237,7 +238,7 @@ def _check_archive(path: Path) -> None:
             names = [name for name in archive.namelist() if not name.endswith("/")]
             for name in {names[0], names[len(names) // 2], names[-1]} if names else ():
                 archive.read(name)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except Exception as error:  # damaged archives raise nearly anything
         with open(path, "rb") as stream:
             head = stream.read(512).lstrip()
         if head[:1] == b"<":
@@ -266,7 +267,7 @@ def _check_images(check: RawCheck, builder: RawBuilder, items: Mapping[str, Sequ
     """The items whose image is there."""
     present, missing = [], []
     for split, of_split in items.items():
-        absent = [item for item in of_split if not Path(item["image_path"]).is_file()]
+        absent = [item for item in of_split if is_missing(item["image_path"])]
         gone = {item["sample_id"] for item in absent}
         present += [item for item in of_split if item["sample_id"] not in gone]
         missing += absent
@@ -276,8 +277,8 @@ def _check_images(check: RawCheck, builder: RawBuilder, items: Mapping[str, Sequ
                 "warning" if builder.config.missing == "skip" else "error",
                 absent[0]["image_path"],
                 f"{len(absent):,} of {len(of_split):,} images of the {split} split have no file, such as {ids}; the "
-                f"first should be {absent[0]['image_path']}. Complete the download, or leave them out with "
-                "missing='skip'.",
+                f"first should be {absent[0]['image_path']}. Complete the files. "
+                f"{SKIP_HINT}",
             )
     check.missing = len(missing)
     partial = sum(Path(f"{item['image_path']}.partial").is_file() for item in missing)
