@@ -101,10 +101,15 @@ def test_halves_hold_each_image_once_and_no_patient_twice(counts):
     assert sum(images.values()) / 2 <= in_validation < sum(images.values()) / 2 + largest
 
 
-@pytest.mark.parametrize("flat", [False, True])
-def test_both_layouts_give_the_paths_of_the_files(tmp_path, flat):
-    items = all_items(build(write_nih(tmp_path / "nih", flat=flat), tmp_path))
-    folder = "images" if flat else "images_002/images"
+@pytest.mark.parametrize("folder", ["images", "images_002/images", "images/images_002"])
+def test_all_layouts_give_the_paths_of_the_files(tmp_path, folder):
+    root = write_nih(tmp_path / "nih", flat=folder == "images")
+    if folder == "images/images_002":  # archives that were unpacked where NIH's download page has them
+        (root / "images").mkdir()
+        for part in root.glob("images_*"):
+            (part / "images").rename(root / "images" / part.name)
+            part.rmdir()
+    items = all_items(build(root, tmp_path))
     assert items["00099992_003"]["image_path"] == str(tmp_path / "nih" / folder / "00099992_003.png")
     assert all(Path(item["image_path"]).is_file() for item in items.values())
 
@@ -244,6 +249,13 @@ def test_damaged_images_are_refused(root, tmp_path, content):
     assert names == ["00099991_002", "00099993_001"]
     with pytest.raises(RejectedRecord, match="cannot be decoded"):
         builder.load_image(path)
+
+
+def test_images_of_16_bits_are_refused(root, tmp_path):
+    path = tmp_path / "deep.png"
+    PIL.Image.fromarray(np.full((1024, 1024), 30_000, dtype=np.uint16)).save(path)
+    with pytest.raises(RejectedRecord, match="more than 8 bits .*use the original file"):
+        build(root, tmp_path).load_image(path)
 
 
 def test_missing_images_are_an_error_with_their_number_or_left_out(root, tmp_path):

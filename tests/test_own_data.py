@@ -11,6 +11,7 @@ import pytest
 
 from processing_chex.vocabulary import ANATOMY_NAMES
 from training.data.own_data import KEYS, OwnData
+from training.data.preparation import prepare
 from training.data.raw import RejectedRecord
 from training.data.record import record_classes
 
@@ -239,8 +240,9 @@ MISTAKES = [
     (f'{IMAGE}, "objects": [{{"category": "Mass", "bbox": [1, 2, NaN, 4]}}]}}', r"with x0 < x1 .*\[1, 2, NaN, 4\]"),
     (f'{IMAGE}, "objects": [{{"category": "Mass", "bbox": [1, 2, "3", 4]}}]}}', r"four numbers .*\[1, 2, \"3\", 4\]"),
     (f'{IMAGE}, "objects": [{{"category": "Mass", "bbox": [1, 2, 3, 4], "phrase": 1}}]}}', "must be a string"),
+    ("[" * 100_000, "not a JSON object on one line .*recursion"),
+    (f'{IMAGE}, "sentences": ["Half a \\ud800 here."]}}', "surrogates not allowed"),
     ('{"image": "scans/b.png", "sample_id": "one"}', "the sample_id 'one' stands in .*train.jsonl, line 1 already"),
-    ('{"image": "scans/z.png"}', ""),
 ]
 
 
@@ -285,8 +287,15 @@ def test_missing_images_are_counted_and_may_be_left_out(folder):
     with pytest.raises(
         FileNotFoundError, match=r"2 of 3 images are missing, such as .*x.png \(.*train.jsonl, line 2\)"
     ):
-        own(folder).items()
+        build(folder)
     assert list(build(folder, missing="skip")["train"]["sample_id"]) == ["scans/a.png"]
+
+
+def test_a_missing_image_is_rejected_like_a_damaged_one(folder, tmp_path):
+    write(folder, [{"image": "scans/a.png"}, {"image": "scans/x.png"}])
+    prepare("own", tmp_path / "out", data_dir=folder, num_proc=1, max_rejected=50)
+    rejected = (tmp_path / "out" / "rejected.csv").read_text(encoding="utf-8").splitlines()
+    assert rejected[1:] == [f"train,scans/x.png,{folder}/scans/x.png,the image file is missing"]
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n\0\0"])
@@ -297,6 +306,21 @@ def test_damaged_images_are_named_with_their_line(folder, content):
         builder.record(builder.items()["train"][1])
     with pytest.raises(RejectedRecord, match="b.png"):
         builder.load_image(folder / "scans/b.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("classes.txt", b"\xd6dem\n", "classes.txt is not text in UTF-8"),
+        ("classes.json", b'["Edema"', "classes.json is not JSON in UTF-8"),
+        ("classes.json", b"[" * 100_000, "classes.json is not JSON in UTF-8 .*recursion"),
+    ],
+)
+def test_unreadable_files_of_classes_are_named(folder, name, content, message):
+    write(folder, [{"image": "scans/a.png"}])
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        own(folder)
 
 
 def test_subject_in_two_splits_is_a_warning_that_names_it(folder, caplog):

@@ -288,7 +288,8 @@ def test_kaggle_release_is_refused(tmp_path, monkeypatch):
     header = ["image_id", "class_name", "class_id", "rad_id", "x_min", "y_min", "x_max", "y_max"]
     row = (BOXED, "No finding", "14", "R11", "", "", "", "")
     write_csv(tmp_path / "kaggle/train.csv", header, [row])
-    for kwargs in ({"vindr_dir": tmp_path / "kaggle"}, {"data_dir": str(tmp_path / "kaggle")}):
+    folders = ({"vindr_dir": tmp_path / "kaggle"}, {"data_dir": str(tmp_path / "kaggle")}, {"data_dir": tmp_path})
+    for kwargs in folders:
         with pytest.raises(ValueError, match=r"Kaggle.*physionet.org/content/vindr-cxr/1.0.0"):
             VindrCxr(cache_dir=tmp_path / "cache", **kwargs)
     # Its table under the name of ours.
@@ -333,6 +334,13 @@ def test_missing_tables_are_named_at_construction(tmp_path, monkeypatch):
     monkeypatch.delenv("VINDR_CXR_DIR", raising=False)
     with pytest.raises(FileNotFoundError, match=r"VinDr-CXR 1.0.0.*annotations/.*VINDR_CXR_DIR"):
         build(tmp_path, tmp_path)
+
+
+def test_one_missing_table_is_named(tmp_path):
+    root = write_vindr(tmp_path / "vindr", images=False)
+    (root / "annotations/annotations_test.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"annotations/annotations_test.csv is missing: complete the download"):
+        build(root, tmp_path).items()
 
 
 def test_folder_is_found_by_the_environment_variable(root, tmp_path, monkeypatch):

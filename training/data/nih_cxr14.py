@@ -150,9 +150,9 @@ class NihCxr14(RawBuilder):
         return max(self.folders["nih"].glob("Data_Entry_2017*.csv"), default=None)
 
     def _image_paths(self) -> dict[str, str]:
-        """Name -> path of all images, whether they are in twelve folders or in one."""
+        """Name -> path of all images, in one folder, in twelve folders, or in both ways nested in each other."""
         folder = self.folders["nih"]
-        parents = [folder / "images", *sorted(folder.glob("images_*")), *sorted(folder.glob("images_*/images"))]
+        parents = [*sorted(folder.glob("images*")), *sorted(folder.glob("images*/images*"))]
         return {entry.name: entry.path for parent in parents if parent.is_dir() for entry in os.scandir(parent)}
 
     def _boxes(self, path: Path) -> dict[str, list[tuple[int, list[float]]]]:

@@ -104,7 +104,6 @@ class OwnData(RawBuilder):
     def split_items(self) -> dict[str, list[dict]]:
         splits: dict[str, list[dict]] = {name: [] for name in SPLITS}
         first_seen: dict[str, str] = {}
-        missing: list[str] = []
         for line in self._lines():
             columns = line.columns(self.CLASSES)
             sample_id, path = columns["sample_id"], str(self.folders["own"] / columns["image"])
@@ -114,8 +113,6 @@ class OwnData(RawBuilder):
                     "is the path of the image unless given"
                 )
             first_seen[sample_id] = line.where
-            if not Path(path).is_file():
-                missing.append(f"{path} ({line.where})")
             splits[line.split].append(
                 {
                     "sample_id": sample_id,
@@ -125,12 +122,6 @@ class OwnData(RawBuilder):
                     "line": line.number,
                     "offset": line.offset,
                 }
-            )
-        if missing and self.config.missing == "error":
-            raise FileNotFoundError(
-                f"{self.TITLE}: {len(missing):,} of {len(first_seen):,} images are missing, such as "
-                f"{', '.join(missing[:5])}. Correct the paths, which are relative to {self.folders['own']}, or leave "
-                "these images out with missing='skip'."
             )
         self.counts |= {name: Counter({"lines": len(items)}) for name, items in splits.items() if items}
         _warn_of_leakage(splits, "subject_id", "subjects")
@@ -211,16 +202,18 @@ class OwnData(RawBuilder):
         folder = self.folders["own"]
         json_file, text_file = folder / "classes.json", folder / "classes.txt"
         if json_file.is_file():
-            try:
-                names = json.loads(json_file.read_text(encoding="utf-8-sig"))
-            except ValueError as error:
-                raise ValueError(f"{json_file} is not valid JSON ({error}).") from error
             path = json_file
         elif text_file.is_file():
-            names = [name.strip() for name in text_file.read_text(encoding="utf-8-sig").splitlines() if name.strip()]
             path = text_file
         else:
             return tuple(sorted({name for line in self._lines() for name in line.class_names()}))
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+            names = (
+                json.loads(text) if path == json_file else [name.strip() for name in text.splitlines() if name.strip()]
+            )
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not {'JSON' if path == json_file else 'text'} in UTF-8 ({error}).") from error
         if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
             raise ValueError(f"{path} must be a list of class names.")
         if repeated := [name for name, count in Counter(names).items() if count > 1]:
@@ -240,7 +233,9 @@ class _Line:
         self.path, self.number, self.offset = path, number, offset
         try:
             self.values = json.loads(content.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except ValueError as error:
+            if b"\\u" in content:  # halves of characters, which no file can hold
+                json.dumps(self.values, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:
             self.fail(f"this is not a JSON object on one line ({error})")
         self._check_keys(self.values, KEYS, "the line")
         if not isinstance(self.values.get("image"), str) or not self.values["image"]:

@@ -9,7 +9,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -69,12 +69,7 @@ class VindrCxr(RawBuilder):
             key="vindr",
             title="VinDr-CXR 1.0.0",
             variable="VINDR_CXR_DIR",
-            markers=(
-                "annotations/annotations_train.csv",
-                "annotations/annotations_test.csv",
-                "annotations/image_labels_train.csv",
-                "annotations/image_labels_test.csv",
-            ),
+            markers=("annotations/*_t*.csv",),  # any of the four: which is missing is said when they are read
             tree="annotations/{annotations,image_labels}_{train,test}.csv, train/*.dicom and test/*.dicom",
             url="https://physionet.org/content/vindr-cxr/1.0.0/ (credentialed access)",
         ),
@@ -84,10 +79,12 @@ class VindrCxr(RawBuilder):
         try:
             return super()._find_sources(kwargs)
         except FileNotFoundError as error:
+            kaggle = replace(self.SOURCES[0], markers=("train.csv",))
             for folder in (kwargs.get("vindr_dir"), kwargs.get("data_dir"), os.environ.get("VINDR_CXR_DIR")):
-                table = Path(str(folder)) / "train.csv"
-                if folder and table.is_file() and b"class_id" in table.read_bytes()[:1000]:
-                    raise ValueError(f"{self.TITLE}: {table} is of no use. {_KAGGLE_HINT}") from error
+                if folder and Path(folder).is_dir() and (root := kaggle.find(folder)):
+                    table = root / "train.csv"
+                    if b"class_id" in table.read_bytes()[:1000]:
+                        raise ValueError(f"{self.TITLE}: {table} is of no use. {_KAGGLE_HINT}") from error
             raise
 
     def split_items(self) -> dict[str, list[dict]]:
