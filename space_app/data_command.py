@@ -2,6 +2,8 @@
 
 import json
 import logging
+import signal
+import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,10 +47,13 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of erro
 
 @contextmanager
 def reported(command: str, debug: bool) -> Generator[None, None, None]:
-    """Report wrong input and failed downloads in one paragraph with exit code 2, and Ctrl-C without a traceback."""
+    """
+    Report wrong input and failed downloads in one paragraph with exit code 2, and Ctrl-C without a traceback. SIGTERM,
+    which batch systems send before they end a job, is taken as Ctrl-C.
+    """
     # Loggers of the builders and of the download; their warnings belong to the output.
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    with ErrorReporter(debug).guard(f"chex data {command}", fatal=True):
+    with _sigterm_as_interrupt(), ErrorReporter(debug).guard(f"chex data {command}", fatal=True):
         from processing_chex.errors import ChexInputError
         from training.data.download import DownloadError
 
@@ -61,6 +66,18 @@ def reported(command: str, debug: bool) -> Generator[None, None, None]:
             if debug:
                 raise
             raise ChexInputError(str(error)) from error
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Generator[None, None, None]:
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @data_app.command("prepare")

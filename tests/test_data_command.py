@@ -110,9 +110,10 @@ class TestPrepare:
         assert str(tmp_path / "file") in failed.stderr
 
 
-def test_ctrl_c_keeps_what_is_finished(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_keep_what_is_finished(tmp_path, number):
     out = tmp_path / "out"
-    options = ["--size", "64", "--option", "num_train=500", "--option", "num_validation=0", "--option", "num_test=0"]
+    options = ["--size", "64", "--option", "num_train=300", "--option", "num_validation=0", "--option", "num_test=0"]
     command = ["prepare", "phantom", "--out", str(out), *options, "--num-proc"]
     process = subprocess.Popen(
         [sys.executable, "-m", "space_app.cli", "data", *command, "2"],
@@ -126,14 +127,17 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path):
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("out.partial-*/shards/*.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all processes of the command
+    if number == signal.SIGINT:  # a terminal sends it to all processes of the command
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "Interrupted." in errors and "run the same command again to go on from there" in errors
     assert "Traceback" not in errors and not out.exists()
 
     said = chex(*command, "1").stdout
-    assert "Going on: " in said and read_info(out).splits["train"].records == 500
+    assert "Going on: " in said and read_info(out).splits["train"].records == 300
     assert not list(tmp_path.glob("out.partial-*"))
 
 
