@@ -13,7 +13,7 @@ from training.objectives import STAGE1_WEIGHTS, STAGE2_WEIGHTS, STAGE3_WEIGHTS
 
 
 STAGES = ("pretrain_clip", "stage1", "stage2", "pretrain_generator", "stage3")
-FILES = sorted(CONFIG_DIR.rglob("*.yaml"))
+FILES = sorted(path for path in CONFIG_DIR.rglob("*.yaml") if path.parent.name != "accelerate")  # not ours
 
 
 def write(folder, text):
