@@ -855,16 +855,6 @@ def test_classes_and_images_of_prepared_data(runs, workspace, prepared, tmp_path
     assert losses(seen)["pathology_classification"] != losses(batch)["pathology_classification"]
 
 
-def test_two_processes_train_on_prepared_data(runs, workspace, prepared, tmp_path):
-    argv = on_prepared(workspace, tmp_path, prepared, "optimization.batch_size=4")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        command + script("stage1", *argv)[1:], env=environment(), cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert all(math.isfinite(entry["loss"]) for entry in read_history(tmp_path))
-
-
 def test_a_folder_that_is_not_prepared(runs, workspace, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere is no prepared folder: it does not exist"):
         importlib.import_module("training.stage1").main(on_prepared(workspace, tmp_path, [{"folder": "nowhere"}]))
