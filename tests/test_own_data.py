@@ -1,5 +1,6 @@
 """Own data: JSON lines in the common record, any part of it, and mistakes named with file and line."""
 
+import csv
 import json
 import logging
 import re
@@ -291,11 +292,13 @@ def test_missing_images_are_counted_and_may_be_left_out(folder):
     assert list(build(folder, missing="skip")["train"]["sample_id"]) == ["scans/a.png"]
 
 
-def test_a_missing_image_is_rejected_like_a_damaged_one(folder, tmp_path):
-    write(folder, [{"image": "scans/a.png"}, {"image": "scans/x.png"}])
+@pytest.mark.parametrize("name", ["scans/x.png", "scans", "scans/\0.png", "x" * 300])
+def test_a_missing_image_is_rejected_like_a_damaged_one(folder, tmp_path, name):
+    write(folder, [{"image": "scans/a.png"}, {"image": name}])
     prepare("own", tmp_path / "out", data_dir=folder, num_proc=1, max_rejected=50)
-    rejected = (tmp_path / "out" / "rejected.csv").read_text(encoding="utf-8").splitlines()
-    assert rejected[1:] == [f"train,scans/x.png,{folder}/scans/x.png,the image file is missing"]
+    with (tmp_path / "out" / "rejected.csv").open(encoding="utf-8", newline="") as file:
+        rejected = list(csv.reader(file))
+    assert rejected[1:] == [["train", name, f"{folder}/{name}", "the image file is missing"]]
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n\0\0"])

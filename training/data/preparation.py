@@ -631,7 +631,7 @@ def _inputs(items: Sequence[dict]) -> str:
                 try:
                     status = os.stat(path)
                     states.append((status.st_size, status.st_mtime_ns))
-                except OSError:
+                except (OSError, ValueError):  # ValueError: a path with a zero byte
                     states.append(None)
     return _digest([items, states])
 
