@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -25,12 +24,6 @@ from training.objectives.reduction import masked_mean
 from training.plan import Schedule, memory_of
 from training.selection import Selection, score
 from training.supervision import Supervision
-
-
-@pytest.fixture(autouse=True)
-def any_precision():
-    """Accelerate knows one precision in a process, tests several."""
-    AcceleratorState._reset_state()
 
 
 # --- a small regression in place of ChEX, whose loss is a mean over items

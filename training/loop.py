@@ -25,6 +25,7 @@ from accelerate import (
     DistributedType,
     skip_first_batches,
 )
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     ProjectConfiguration,
     broadcast_object_list,
@@ -240,6 +241,7 @@ def _set_up(config: StageConfig, build: Callable[[StageConfig], StageParts]) -> 
             raise ValueError(
                 f"tracking.trackers names {name}, which is not installed: run `pip install {name}`, or leave it out."
             )
+    AcceleratorState._reset_state()  # one process may run several stages, each in a precision of its own
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # otherwise processes on CPUs would not be connected
         mixed_precision=choose_precision(config.mixed_precision),
