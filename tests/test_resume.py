@@ -36,11 +36,11 @@ def workspace(tmp_path_factory):
 # --- kills of real processes
 
 
-def train(argv):
+def train(argv, threads):
     """What a second process does; forked from a server that has imported the library already."""
     import importlib
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)  # sums depend on their order
     importlib.import_module(f"training.{STAGE}").main(argv)
 
 
@@ -107,7 +107,8 @@ def kill_and_finish(processes, workspace, folder, while_writing, otherwise, seed
 
 
 def start(processes, workspace, output):
-    process = processes.Process(target=train, args=(arguments(workspace, STAGE, output, *OPTIONS),))
+    argv = arguments(workspace, STAGE, output, *OPTIONS)
+    process = processes.Process(target=train, args=(argv, torch.get_num_threads()))
     process.start()
     return process
 
