@@ -25,8 +25,9 @@ $(VENV)/.test-data: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/chex demo $(if $(FAST),--fast)
 
+# Two processes with one thread each: faster than one with two, as most tests compute little.
 test: $(VENV)/.test-data
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # The tests that Transformers keeps for its own models, which only its source distribution holds.
 $(VENV)/.upstream-tests: $(VENV)/.test-data constraints.txt
