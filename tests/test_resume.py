@@ -65,6 +65,13 @@ def compare_all(folder, reference):
     assert not (folder / "checkpoints").exists()
 
 
+def partial_checkpoints(folder):
+    try:
+        return {path.name for path in (folder / "checkpoints").glob("*.partial")}
+    except FileNotFoundError:  # the run ended meanwhile and removed its checkpoints
+        return set()
+
+
 def kill_and_finish(processes, workspace, folder, while_writing, otherwise, seed):
     """
     Starts a run again and again and kills it, so often while it writes a checkpoint and so often at a random instant.
@@ -83,7 +90,7 @@ def kill_and_finish(processes, workspace, folder, while_writing, otherwise, seed
         allowed, deadline, seen = rng.randrange(4), time.monotonic() + rng.uniform(0, duration), set()
         process = start(processes, workspace, output)
         while process.is_alive() and (aims_at_writing or time.monotonic() < deadline):
-            partial = {path.name for path in (output / "checkpoints").glob("*.partial")}
+            partial = partial_checkpoints(output)
             seen |= partial
             if aims_at_writing and partial and len(seen) > allowed:
                 time.sleep(rng.uniform(0, 0.005))
