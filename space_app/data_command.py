@@ -22,7 +22,7 @@ INTERRUPTED = 130  # as shells report Ctrl-C
 
 data_app = typer.Typer(
     name="data",
-    help="Download, check, prepare and look at data sets. Nothing is sent anywhere.",
+    help="Download, check, prepare and look at data sets.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
