@@ -500,3 +500,8 @@ def test_two_studies_of_a_person_share_the_body():
         render_phantom(SEED, index).class_labels.tolist() != render_phantom(SEED, index + 1).class_labels.tolist()
         for index in pairs[:6]
     )
+
+
+def test_anatomy_beside_the_film_is_not_drawn():
+    # The stomach's bubble of this study lies wholly below the film.
+    assert render_phantom(7, 12608).image.shape == (128, 128)

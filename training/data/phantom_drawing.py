@@ -98,9 +98,11 @@ class Film:
         return self._clip(*(pixels.min(axis=0) - reach).tolist(), *(pixels.max(axis=0) + reach).tolist())
 
     def _clip(self, left: float, top: float, right: float, bottom: float) -> tuple[slice, slice]:
-        rows = slice(max(0, int(top)), max(0, min(self.height, int(bottom) + 2)))
-        columns = slice(max(0, int(left)), max(0, min(self.width, int(right) + 2)))
-        return rows, columns
+        def cut(first: float, last: float, length: int) -> slice:
+            start = min(max(0, int(first)), length)
+            return slice(start, max(start, min(length, int(last) + 2)))
+
+        return cut(top, bottom, self.height), cut(left, right, self.width)
 
 
 class Sketch:
@@ -133,6 +135,8 @@ class Sketch:
 
     def result(self, blur: float = 0.0) -> np.ndarray:
         """(H, W) float32 in [0, 1]; blur in body units."""
+        if not all(self.image.size):  # what is drawn lies beside the film, and Pillow refuses to reduce nothing
+            return np.zeros((self.image.height // self.factor, self.image.width // self.factor), dtype=F)
         image = self.image.reduce(self.factor) if self.factor > 1 else self.image
         radius = blur * self.unit / self.factor
         if radius > 0.6:  # below that the reduction has smoothed enough
