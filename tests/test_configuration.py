@@ -7,7 +7,14 @@ import pytest
 import yaml
 
 from modeling_chex import ChexConfig, ChexGeneratorConfig, ChexPostDecoderConfig
-from training.configuration import CONFIG_DIR, StageConfig, check_model_keys, load_config, model_keys
+from training.configuration import (
+    CONFIG_DIR,
+    StageConfig,
+    check_model_keys,
+    load_config,
+    model_keys,
+    read_resolved,
+)
 from training.loop import learning_rate_factor
 from training.objectives import STAGE1_WEIGHTS, STAGE2_WEIGHTS, STAGE3_WEIGHTS
 
@@ -108,7 +115,7 @@ def test_published_parts():
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2", "stage3"])
 def test_published_augmentation(stage):
-    augmentation = load_config(CONFIG_DIR / f"{stage}.yaml").augmentation
+    augmentation = load_config(CONFIG_DIR / f"{stage}.yaml").resolved_augmentation
     assert augmentation.crop_area == (0.5, 1.0)
     assert augmentation.crop_aspect == pytest.approx((3 / 4, 4 / 3))
     assert (augmentation.rotation, augmentation.translation, augmentation.scale) == (10.0, 0.02, (0.95, 1.0))
@@ -199,7 +206,9 @@ def test_overrides(tmp_path):
             "objectives.region_encoding=points",
             "region_encoding must be one of 'token', 'bbox', 'random', not 'points'",
         ),
-        ("objectives.mode=Official", "mode must be one of 'corrected', 'official', not 'Official'"),
+        ("objective_mode=Official", "objective_mode must be one of 'corrected', 'official', not 'Official'"),
+        ("objectives.mode=official", "objectives: unknown key 'mode'. It is now called 'objective_mode'."),
+        ("objective_mod=official", "unknown key 'objective_mod'. Did you mean 'objective_mode'?"),
         ("objectives.multi_anatomies=1", "multi_anatomies must be of type bool, not 1"),
         ("mixed_precision=half", "mixed_precision must be one of 'no', 'fp16', 'bf16', 'auto', not 'half'"),
         ("augmentation.crop_area=[1]", "crop_area must be a list of 2, not [1]"),
@@ -265,5 +274,33 @@ def test_settings_of_the_model_are_checked():
 def test_to_dict_is_plain(tmp_path):
     """What a run writes down can be loaded again and gives the same configuration."""
     config = load_config(CONFIG_DIR / "stage1.yaml", ["optimization.max_steps=3"])
-    path = write(tmp_path, yaml.safe_dump(json.loads(json.dumps(config.to_dict()))))
-    assert load_config(path) == config
+    text = yaml.safe_dump(json.loads(json.dumps(config.to_dict())))
+    assert load_config(write(tmp_path, text)).to_dict() == config.to_dict() == read_resolved(text)
+
+
+def test_one_switch_for_the_official_training():
+    """What it decides can still be chosen apart, and is written out for each run."""
+    path = CONFIG_DIR / "stage2.yaml"
+    right, official = load_config(path), load_config(path, ["objective_mode=official"])
+    assert not right.is_official and official.is_official
+    assert (right.frozen_in_train_mode, official.frozen_in_train_mode) == (False, True)
+    assert (right.resolved_augmentation.flip, official.resolved_augmentation.flip) == ("off", "reference")
+    written = official.to_dict()
+    assert (written["augmentation"]["flip"], written["keep_frozen_in_train_mode"]) == ("reference", True)
+    given = ["objective_mode=official", "augmentation.flip=consistent", "keep_frozen_in_train_mode=false"]
+    mixed = load_config(path, given)
+    assert (mixed.resolved_augmentation.flip, mixed.frozen_in_train_mode) == ("consistent", False)
+
+
+def test_runs_of_earlier_versions_are_recognised():
+    """Their files lack options that are younger, and have keys that have moved."""
+    config = load_config(CONFIG_DIR / "stage1.yaml", ["objective_mode=official", "augmentation.flip=off"])
+    values = json.loads(json.dumps(config.to_dict()))
+    del values["objectives"]["sentence"]["identical_negatives"]
+    values["objectives"]["mode"] = values.pop("objective_mode")
+    assert read_resolved(yaml.safe_dump(values)) == config.to_dict()
+    values["seed"] = 7
+    assert read_resolved(yaml.safe_dump(values)) != config.to_dict()
+    assert read_resolved(yaml.safe_dump(values | {"unheard_of": 1})) is None
+    assert read_resolved("[broken") is None
+    assert read_resolved("text") is None

@@ -4,7 +4,7 @@ import difflib
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,16 +12,13 @@ import yaml
 from transformers import PreTrainedConfig
 
 from training.lora import LoraOptions
-from training.objectives import (
-    AnatomyOptions,
-    ObjectiveWeights,
-    PathologyOptions,
-    SentenceOptions,
-)
+from training.objectives import AnatomyOptions, ObjectiveMode, ObjectiveWeights, PathologyOptions, SentenceOptions
 from training.text_features import FeatureDtype
 
 
 CONFIG_DIR = Path(__file__).parent / "configs"
+# Keys that have moved
+RENAMED = {"objectives.mode": "objective_mode"}
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,8 @@ class AugmentationConfig:
     Random changes of training images; the defaults are the paper's, without the mirroring.
 
     `flip`: "reference" mirrors images but leaves the names of sides as they are, as the official code does;
-    "consistent" exchanges left and right in anatomies and texts as well; "off" mirrors nothing.
+    "consistent" exchanges left and right in anatomies and texts as well; "off" mirrors nothing. By default
+    `objective_mode` decides: "off", or "reference" with "official".
     """
 
     crop_area: tuple[float, float] = (0.5, 1.0)
@@ -85,7 +83,7 @@ class AugmentationConfig:
     rotation: float = 10.0
     translation: float = 0.02
     scale: tuple[float, float] = (0.95, 1.0)
-    flip: Literal["off", "reference", "consistent"] = "off"
+    flip: Literal["off", "reference", "consistent"] | None = None
     flip_probability: float = 0.5
     brightness: float = 0.4
     contrast: float = 0.4
@@ -129,7 +127,6 @@ class ObjectiveConfig:
     sentence: SentenceOptions = field(default_factory=SentenceOptions)
     pathology: PathologyOptions = field(default_factory=PathologyOptions)
     anatomy: AnatomyOptions = field(default_factory=AnatomyOptions)
-    mode: Literal["corrected", "official"] = "corrected"
     region_encoding: Literal["token", "bbox", "random"] = "token"
     multi_anatomies: bool = True
     anatomies_per_step: int | None = 20  # for detection and MSE
@@ -208,7 +205,12 @@ def _greater_is_better(name: str) -> bool:
 
 @dataclass
 class StageConfig:
-    """One training stage. Validated when it is loaded; see `load_config`."""
+    """
+    One training stage. Validated when it is loaded; see `load_config`.
+
+    `objective_mode`: "official" brings back what the official training does although it is wrong or unintended;
+    docs/official-differences.md lists it all. By default it is right. `keep_frozen_in_train_mode` follows it.
+    """
 
     stage: str = ""
     output_dir: str = ""
@@ -217,7 +219,8 @@ class StageConfig:
     generator_init: str | None = None  # folder or Hub id of a GPT-2, from which generator pre-training starts
     trainable: tuple[str, ...] = ()
     frozen_vision_layers: int = 0
-    keep_frozen_in_train_mode: bool = False
+    objective_mode: ObjectiveMode = "corrected"
+    keep_frozen_in_train_mode: bool | None = None  # by default with objective_mode=official only
     model: dict[str, Any] = field(default_factory=dict)
     prompt_vocab_size: int = 1024
     generator_vocab_size: int = 1024
@@ -255,8 +258,32 @@ class StageConfig:
         """Folder in which features of texts are kept for all runs."""
         return Path(self.data.cache_dir) / "text_features"
 
+    @property
+    def is_official(self) -> bool:
+        """Whether the defects of the official training are wanted."""
+        return self.objective_mode == "official"
+
+    @property
+    def frozen_in_train_mode(self) -> bool:
+        """Whether dropout and the like stay active in parts that are not trained."""
+        return self.is_official if self.keep_frozen_in_train_mode is None else self.keep_frozen_in_train_mode
+
+    @property
+    def resolved_augmentation(self) -> AugmentationConfig:
+        """The augmentation, in which `flip` has a value."""
+        if self.augmentation.flip is not None:
+            return self.augmentation
+        return replace(self.augmentation, flip="reference" if self.is_official else "off")
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain values, in which nothing depends on `objective_mode` any more."""
+        return asdict(
+            replace(
+                self,
+                augmentation=self.resolved_augmentation,
+                keep_frozen_in_train_mode=self.frozen_in_train_mode,
+            )
+        )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
@@ -296,6 +323,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
     return _build(StageConfig, values, str(path))
 
 
+def read_resolved(text: str) -> dict[str, Any] | None:
+    """
+    What `StageConfig.to_dict` gave, from the file of a run, which an earlier version may have written: options that it
+    did not have yet get their defaults. None if this version cannot read it.
+    """
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+    if not isinstance(values, dict):
+        return None
+    for old, new in RENAMED.items():
+        section, _, key = old.partition(".")
+        if isinstance(values.get(section), dict) and key in values[section]:
+            values.setdefault(new, values[section].pop(key))
+    try:
+        return _build(StageConfig, values, "").to_dict()
+    except ValueError:
+        return None
+
+
 def model_keys(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     """Settings that a model configuration has; those of a part are the value of its key, otherwise it is None."""
     known = dict.fromkeys([*(item.name for item in fields(config_class)), *config_class.attribute_map])
@@ -323,7 +371,10 @@ def check_model_keys(values: Mapping[str, Any], known: Mapping[str, Any], where:
 def _check_keys(values: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
     for key in values:
         if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}. {nearest(str(key), known, 'keys')}")
+            section = where.rpartition(": ")[2]
+            meant = RENAMED.get(f"{section}.{key}")
+            hint = f"It is now called {meant!r}." if meant else nearest(str(key), known, "keys")
+            raise ValueError(f"{where}: unknown key {key!r}. {hint}")
 
 
 def nearest(name: str, known: Collection[str], what: str) -> str:
@@ -390,4 +441,5 @@ __all__ = [
     "load_config",
     "model_keys",
     "nearest",
+    "read_resolved",
 ]

@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 
 from training.checkpoints import Checkpoints, TrainingState
 from training.collate import first
-from training.configuration import CONFIG_DIR, OptimizationConfig, StageConfig, load_config
+from training.configuration import CONFIG_DIR, OptimizationConfig, StageConfig, load_config, read_resolved
 from training.distributed import (
     gather_weights,
     leave_processes,
@@ -88,12 +88,18 @@ class StageParts:
     evaluate: Callable[[], dict[str, float]] | None = None
 
 
-def learning_rate_factor(update: int, total: int, config: OptimizationConfig) -> float:
-    """Linear warm-up, then a cosine that is not shifted by it; relative to the peak learning rate."""
+def learning_rate_factor(update: int, total: int, config: OptimizationConfig, official: bool = False) -> float:
+    """
+    Linear warm-up, then a cosine that is not shifted by it; relative to the peak learning rate, for an update counted
+    from 0. `official` is the schedule of the original code, which sets the rate behind an update, for the next one,
+    from the number of the last batch in it: the first update, and without accumulation also the second one, has rate
+    0.
+    """
     floor = config.min_learning_rate / config.learning_rate
-    if update < config.warmup_steps:
-        return (update + 1) / config.warmup_steps
-    return floor + 0.5 * (1 - floor) * (1 + math.cos(math.pi * min(update / total, 1)))
+    place = max(update - 1 / config.gradient_accumulation_steps, 0.0) if official else update
+    if place < config.warmup_steps:
+        return place / config.warmup_steps if official else (update + 1) / config.warmup_steps
+    return floor + 0.5 * (1 - floor) * (1 + math.cos(math.pi * min(place / total, 1)))
 
 
 def parse_arguments(
@@ -300,9 +306,15 @@ def _peak_memory(device: torch.device) -> str:
 
 
 def _is_same_run(*configurations: str) -> bool:
-    """Whether two written configurations are equal, apart from the folder of the run, which may have been moved."""
-    found = [[line for line in text.splitlines() if not line.startswith("output_dir:")] for text in configurations]
-    return found[0] == found[1]
+    """
+    Whether two written configurations are equal, apart from the folder of the run, which may have been moved, and from
+    options that one of them does not have yet, which count as their defaults.
+    """
+    values = [read_resolved(text) for text in configurations]
+    builds = [text.rstrip().rpartition("\n")[2] for text in configurations]  # the comment that ends the file
+    if None in values or builds[0] != builds[1]:
+        return False
+    return values[0] | {"output_dir": ""} == values[1] | {"output_dir": ""}
 
 
 def _remove(path: Path) -> None:
@@ -382,7 +394,9 @@ def _train(accelerator: Accelerator, config: StageConfig, parts: StageParts, out
             batches, options.gradient_accumulation_steps, parts.supervision, first_seed, state.epoch
         ):
             for group in optimizer.param_groups:
-                group["lr"] = options.learning_rate * learning_rate_factor(state.update, schedule.total, options)
+                group["lr"] = options.learning_rate * learning_rate_factor(
+                    state.update, schedule.total, options, config.is_official
+                )
             # Random numbers depend on the place in the run alone: a resumed run draws what the original would have.
             torch.manual_seed(part.seed + 2_000_003 * (accelerator.process_index + 1))
             with part_of_update(accelerator, module, part.last):

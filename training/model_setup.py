@@ -31,7 +31,9 @@ def load_stage_model(folder: str | None, purpose: str, **config_overrides: objec
     return model, ChexProcessor.from_pretrained(folder)
 
 
-def set_trainable(model: ChexModel, parts: Sequence[str], frozen_vision_layers: int = 0) -> None:
+def set_trainable(
+    model: ChexModel, parts: Sequence[str], frozen_vision_layers: int = 0, first_norm: bool = False
+) -> None:
     """
     Freezes everything but the named parts, a function of the configuration alone.
 
@@ -39,6 +41,8 @@ def set_trainable(model: ChexModel, parts: Sequence[str], frozen_vision_layers: 
         parts: Names of children of the model, such as `vision_model` or `detector`.
         frozen_vision_layers: k of the image encoder's layers that stay frozen: the embeddings (with the layer norm
             behind them), then k - 1 blocks; with any of them also the final layer norm and the projection.
+        first_norm: Whether that layer norm behind the embeddings is trained all the same, as officially by mistake:
+            then gradients go through all frozen blocks.
     """
     children = dict(model.named_children())
     for name in parts:
@@ -51,6 +55,7 @@ def set_trainable(model: ChexModel, parts: Sequence[str], frozen_vision_layers: 
         frozen = [vision.embeddings, vision.pre_layrnorm, vision.post_layernorm, model.visual_projection]
         for part in [*frozen, *vision.encoder.layers[: frozen_vision_layers - 1]]:
             part.requires_grad_(False)
+        vision.pre_layrnorm.requires_grad_(first_norm and "vision_model" in parts)
 
 
 def choose_precision(mixed_precision: str) -> str:

@@ -24,6 +24,10 @@ from training.transforms import Augmentation
 
 def build(config: StageConfig) -> StageParts:
     check_model_keys(config.model, model_keys(ChexConfig))
+    if config.is_official:
+        raise ValueError(
+            "objective_mode=official has no effect in contrastive pre-training, which the official code does not do."
+        )
     model_config = ChexConfig(**config.model | {"post_decoder_config": None, "generator_config": None})
     image_processor = ChexImageProcessor(size=model_config.vision_config.image_size)
     data = read_data(config.data, image_processor)
@@ -51,7 +55,7 @@ def build(config: StageConfig) -> StageParts:
         tokenizer,
         data.prompts,
         data.texts,
-        Augmentation(config.augmentation, config.seed),
+        Augmentation(config.resolved_augmentation, config.seed),
         config.objectives.sentences_per_image,
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.activations import ACT2FN
 
 from modeling_chex import ChexGeneratorConfig, ChexSentenceGenerator
 from modeling_chex.conversion import generator_from_gpt2
@@ -69,6 +70,9 @@ def build(config: StageConfig) -> StageParts:
         config.init_from, "Generator pre-training", post_decoder_config=None, generator_config=None
     )
     generator, tokenizer = start(config, encoder.config.projection_dim, processor)
+    if config.is_official and "prefix_act" not in config.model:
+        # Officially the activation is unset here, but not in stage 3: what is saved stays as configured.
+        generator.prefix_projection.activation_fn = ACT2FN["relu"]
     processor = ChexProcessor(processor.image_processor, processor.tokenizer, tokenizer)
     data = read_data(config.data, processor.image_processor)
     sentences, held_out = occurring_texts(data.train), occurring_texts(data.validation)
@@ -76,7 +80,9 @@ def build(config: StageConfig) -> StageParts:
         raise ValueError("The training data have no sentences, so the generator cannot learn from them.")
     texts = data.texts.texts
     features = TextFeatures(encoder, processor.tokenizer, config.text_cache, config.text_feature_dtype)
-    supervision = GeneratorSupervision(generator, features.table(texts), tokenizer, texts)
+    supervision = GeneratorSupervision(
+        generator, features.table(texts), tokenizer, texts, objective_mode=config.objective_mode
+    )
 
     def save(folder: Path) -> None:
         generator.save_pretrained(folder)

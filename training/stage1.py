@@ -16,8 +16,10 @@ from training.stages import supervised_stage
 
 
 def build(config: StageConfig) -> StageParts:
-    check_model_keys(config.model, {})
-    model, processor = load_stage_model(config.init_from, "Stage 1", post_decoder_config=None, generator_config=None)
+    check_model_keys(config.model, {"attention_mode": None})
+    model, processor = load_stage_model(
+        config.init_from, "Stage 1", post_decoder_config=None, generator_config=None, **config.model
+    )
     return supervised_stage(config, model, processor)
 
 

@@ -36,7 +36,7 @@ def supervised_stage(config: StageConfig, model: ChexModel, processor: ChexProce
         sentences = ChexProcessor.from_pretrained(config.generator_from).generator_tokenizer
         processor = ChexProcessor(processor.image_processor, processor.tokenizer, sentences)
     data = read_data(config.data, processor.image_processor)
-    set_trainable(model, config.trainable, config.frozen_vision_layers)
+    set_trainable(model, config.trainable, config.frozen_vision_layers, first_norm=config.is_official)
     if config.lora is not None:
         add_adapters(model.sentence_generator, config.lora)
     trained = {name for name, part in model.named_children() if any(p.requires_grad for p in part.parameters())}
@@ -51,10 +51,11 @@ def supervised_stage(config: StageConfig, model: ChexModel, processor: ChexProce
         data.prompts,
         data.texts,
         replace(config.objectives, weights=weights),
-        Augmentation(config.augmentation, config.seed),
-        config.keep_frozen_in_train_mode,
+        Augmentation(config.resolved_augmentation, config.seed),
+        config.frozen_in_train_mode,
         config.text_cache,
         config.text_feature_dtype,
+        config.objective_mode,
     )
 
     def save(folder: Path) -> None:
@@ -80,13 +81,13 @@ def task_evaluation(config: StageConfig, model: ChexModel, processor: ChexProces
             raises it where a task cannot be run on any of the data sets.
     """
     # Here, not above: the evaluation builds upon training.
-    from evaluation.run import evaluate_model
-    from evaluation.tasks import TASKS
+    from evaluation.engine import NothingToRun, Options, evaluate_model
+    from evaluation.tasks.catalog import FREE_TASKS, TASKS
 
     tracking = config.tracking
     for name in tracking.tasks:
-        if name not in TASKS:
-            raise ValueError(f"tracking.tasks: unknown task {name!r}. {nearest(name, TASKS, 'tasks')}")
+        if name not in FREE_TASKS:
+            raise ValueError(f"tracking.tasks: unknown task {name!r}. {nearest(name, FREE_TASKS, 'tasks')}")
         if TASKS[name].needs_text and model.sentence_generator is None:
             raise ValueError(
                 f"tracking.tasks: {name} reads generated sentences, which the model of {config.stage} "
@@ -97,24 +98,28 @@ def task_evaluation(config: StageConfig, model: ChexModel, processor: ChexProces
         folder: part for folder, part in zip(folders, load_data(config.data), strict=True) if "validation" in part
     }
 
+    options = Options(
+        resamples=0,
+        examples=0,
+        progress=False,
+        batch_size=config.optimization.batch_size,
+        limit=tracking.task_images,
+        metrics=(*(TASKS[name].headline for name in tracking.tasks), "micro_f1_14"),
+    )
+
     def evaluate() -> dict[str, float]:
         values, skipped = {}, {}
         for folder, part in parts.items():
-            result = evaluate_model(
-                model,
-                processor,
-                part,
-                split="validation",
-                batch_size=config.optimization.batch_size,
-                limit=tracking.task_images,
-                tasks=tracking.tasks,
-                tune=False,
-                baselines=False,
-                progress=False,
-            )
-            skipped |= result["details"]["skipped"]
-            for name in tracking.tasks:
-                if (value := result[TASKS[name].headline]) is not None:
+            try:
+                result = evaluate_model(model, processor, part, tracking.tasks, split="validation", options=options)
+            except NothingToRun as error:
+                skipped |= dict.fromkeys(tracking.tasks, str(error))
+                continue
+            for name, task in result["tasks"].items():
+                headline = task["headline"]
+                if task.get("texts", 1) and headline in task["not_computed"]:
+                    skipped[name] = task["not_computed"][headline]
+                elif (value := task["metrics"].get(headline, {}).get("value")) is not None:
                     values.setdefault(name, {})[folder] = value
         if missing := set(skipped) - set(values):
             raise ValueError("; ".join(f"tracking.tasks: {name} cannot be run: {skipped[name]}" for name in missing))

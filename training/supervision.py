@@ -10,8 +10,6 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
-from transformers.image_transforms import center_to_corners_format
-from transformers.loss.loss_for_object_detection import box_iou
 
 from modeling_chex import ChexImageFeatures, ChexModel, ChexOutput, ChexSentenceGenerator
 from modeling_chex.prompt_detector import soft_roi_pool
@@ -23,11 +21,15 @@ from training.configuration import ObjectiveConfig
 from training.distributed import process_collectives
 from training.objectives import (
     Collectives,
+    ObjectiveMode,
     StepTotals,
     anatomy_objective,
     choose_for_generation,
     choose_synonyms,
+    generation_loss,
     image_draws,
+    padded_length,
+    paired_iou,
     pathology_objective,
     presence_loss,
     random_order,
@@ -133,7 +135,7 @@ class ImageSupervision(Supervision):
 
     def prepare(self, batch: Batch, epoch: int, counting: bool = False) -> tuple[Tensor | None, Batch]:
         """Pixel values (N, 3, S, S), unless only counting, and the batch with moved boxes; augmented in training."""
-        images = None if counting else batch.images.float() / 255
+        images = None if counting else batch.images.float().div_(255)  # `float` has made a copy
         if self.training:
             draws = self.augmentation.draws(batch.index, epoch)
             transform = self.augmentation.geometry(draws).to(batch.images.device)
@@ -162,6 +164,10 @@ class ChexSupervision(ImageSupervision):
 
     Queries are independent in grouped attention mode, so one detector pass decodes all of them; in legacy mode the
     three kinds get a pass of their own, as in the official code.
+
+    With `objective_mode="official"`, what is wrong with the official objectives is done as there: the losses of
+    `training.objectives` that have such a mode; boxes of region pairs are those before augmentation; classes are drawn
+    for boxes and for labels apart; and skip connections and dropped regions are drawn in validation as well.
     """
 
     def __init__(
@@ -177,9 +183,10 @@ class ChexSupervision(ImageSupervision):
         keep_frozen_in_train_mode: bool = False,
         text_cache: Path | None = None,
         text_feature_dtype: FeatureDtype = "float32",
+        objective_mode: ObjectiveMode = "corrected",
     ):
         super().__init__(model, image_processor, augmentation, texts, keep_frozen_in_train_mode)
-        self.objectives = objectives
+        self.objectives, self.objective_mode = objectives, objective_mode
         self.terms = objectives.weights.active()
         names = class_prompts.names
         features = TextFeatures(model, tokenizer, text_cache, text_feature_dtype)
@@ -196,6 +203,7 @@ class ChexSupervision(ImageSupervision):
         # for draws that all processes share
         shared, collectives = torch.Generator().manual_seed(seed), process_collectives(totals)
         model = Outline(self.model, len(batch.images)) if collectives.counting else self.model
+        official, recorded = self.objective_mode == "official", batch
         pixel_values, batch = self.prepare(batch, epoch, collectives.counting)
         image_features = model.get_image_features(pixel_values)
         options, terms = self.objectives, self.terms
@@ -230,11 +238,8 @@ class ChexSupervision(ImageSupervision):
         )
         classes = None
         if terms & {"pathology_detection", "pathology_classification"}:
-            # agreed on by all processes, which draw the same classes
-            annotated = (batch.has_class_boxes | batch.has_class_labels).sum(0)
-            available = collectives.sum(annotated) > 0
-            limit = options.classes_per_step if self.training else None
-            classes = subsample_classes(available, limit, shared).nonzero().squeeze(1)
+            with_boxes, with_labels = self._choose_classes(batch, shared, collectives)
+            classes = (with_boxes | with_labels).nonzero().squeeze(1)
             queries["classes"] = (positive[classes].expand(num_images, -1, -1), None)
 
         answers = self._answer(model, image_features, queries, batch.index, seed)
@@ -246,6 +251,7 @@ class ChexSupervision(ImageSupervision):
                 sentence_features,
                 sentences >= 0,
                 patch_features=image_features.patch_features,
+                sentence_ids=None if options.sentence.identical_negatives else sentences,
                 terms=terms,
                 options=options.sentence,
                 collectives=collectives,
@@ -263,7 +269,7 @@ class ChexSupervision(ImageSupervision):
                 phrase_mask,
                 phrases >= 0,
                 options.pathology.detection,
-                options.mode,
+                self.objective_mode,
                 collectives.of("sentence_detection"),
             )
         if anatomies is not None:
@@ -272,6 +278,7 @@ class ChexSupervision(ImageSupervision):
                 answers.get("anatomies"),
                 image_features,
                 batch,
+                recorded if official else batch,
                 anatomies,
                 kept,
                 positive,
@@ -291,12 +298,12 @@ class ChexSupervision(ImageSupervision):
                 negative[classes],
                 batch.class_boxes[:, classes],
                 batch.class_box_mask[:, classes],
-                batch.has_class_boxes[:, classes],
+                (batch.has_class_boxes & with_boxes)[:, classes],
                 batch.class_labels[:, classes],
-                batch.has_class_labels[:, classes],
+                (batch.has_class_labels & with_labels)[:, classes],
                 terms=terms,
                 options=options.pathology,
-                objective_mode=options.mode,
+                objective_mode=self.objective_mode,
                 collectives=collectives,
             )
         metrics = {name: losses.pop(name) for name in list(losses) if name.startswith("metric/")}
@@ -310,34 +317,59 @@ class ChexSupervision(ImageSupervision):
             sentences = sentences.gather(1, random_order(sentences >= 0, draws)[:, :limit])
         return sentences[:, (sentences >= 0).any(0)]
 
+    def _choose_classes(
+        self, batch: Batch, shared: torch.Generator, collectives: Collectives
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Classes of this step whose boxes count, and whose labels do: (C,), the same in all processes. One draw decides
+        both, so that `classes_per_step` is the number of queries; officially there is one draw for each.
+        """
+        limit = self.objectives.classes_per_step if self.training else None
+        if self.objective_mode == "corrected":
+            annotated = (batch.has_class_boxes | batch.has_class_labels).sum(0)
+            both = subsample_classes(collectives.sum(annotated) > 0, limit, shared)
+            return both, both
+        with_boxes, with_labels = (
+            subsample_classes(collectives.sum(annotated.sum(0)) > 0, limit, shared)
+            for annotated in (batch.has_class_boxes, batch.has_class_labels)
+        )
+        none = torch.zeros_like(with_boxes)  # what no term learns from is not drawn
+        return (
+            with_boxes if "pathology_detection" in self.terms else none,
+            with_labels if "pathology_classification" in self.terms else none,
+        )
+
     def _choose_phrases(
         self, batch: Batch, seed: int, shared: torch.Generator, collectives: Collectives
     ) -> tuple[Tensor, Tensor, Tensor]:
         """
         Two phrases for each image (N, 2), -1 for none, and their boxes (N, 2, T, 4) with their mask: one of its own
-        that is grounded, and one of another image of the step about a class that is absent here, which has no box.
+        that is grounded, and one of another image of the step which has no box here, since it is about classes that
+        are absent. A phrase that is written about several classes has the boxes of all of them.
         """
         count, slots = batch.class_phrases.shape[1:]
         grounded = batch.class_box_mask.flatten(1) & (batch.class_phrases.flatten(1) >= 0)
         draws = image_draws(batch.index, (slots, count), seed, PHRASES).mT.flatten(1)
         chosen = random_order(grounded, draws)[:, :1]
         own = batch.class_phrases.flatten(1).gather(1, chosen).masked_fill(~grounded.gather(1, chosen), -1)
-        rows, classes = torch.arange(len(chosen), device=chosen.device), chosen.squeeze(1) // slots
-        mask = batch.class_box_mask[rows, classes] & (batch.class_phrases[rows, classes] == own)
+        written = batch.class_box_mask & (batch.class_phrases == own[..., None]) & (own[..., None] >= 0)  # (N, C, T)
+        about = written.any(2)  # (N, C)
+        boxes, mask = _own_boxes_first(batch.class_boxes, written, chosen.squeeze(1) // slots)
 
         # Images stand in the order of their numbers, and each gets the phrase of the one so many places before it.
         numbers = batch.index + 1
-        offers = collectives.gather(torch.stack([numbers, own.squeeze(1), classes], dim=1))
+        offers = collectives.gather(torch.cat([numbers[:, None], own, about.long()], dim=1))
         offers = offers[offers[:, 0] > 0]  # neither padding nor stand-ins
         offers = offers[offers[:, 0].argsort(stable=True)]
         shift = int(torch.randint(1, max(2, len(offers)), (1,), generator=shared))
         places = torch.searchsorted(offers[:, 0].contiguous(), numbers) - shift
-        _, foreign, about = (
-            offers[places % max(1, len(offers))].unbind(1) if len(offers) else offers.new_full((3, len(numbers)), -1)
-        )
-        absent = batch.has_class_labels[rows, about] & ~batch.class_labels[rows, about].bool()
-        foreign = foreign.masked_fill(~absent, -1)[:, None]
-        boxes = batch.class_boxes[rows, classes]
+        if len(offers):
+            offered = offers[places % len(offers)]
+            foreign, about = offered[:, 1], offered[:, 2:].bool()
+            absent = batch.has_class_labels & ~batch.class_labels.bool()
+            foreign = foreign.masked_fill(~(absent | ~about).all(1), -1)[:, None]
+        else:
+            foreign = torch.full_like(own, -1)
         return (
             torch.cat([own, foreign], dim=1),
             torch.stack([boxes, torch.zeros_like(boxes)], dim=1),
@@ -392,10 +424,12 @@ class ChexSupervision(ImageSupervision):
             sizes = [queries[name][0].shape[1] for name in group]
             # what these parts would otherwise draw from the random numbers of this process
             roi_skip, region_keep_mask = True, None
-            if detector.training:
+            always = self.objective_mode == "official"  # in validation, too
+            if detector.training or always:
                 draws = _region_draws(index, seed, [ROI_SKIP[name] for name in group], sizes, regions)
                 roi_skip = draws.flatten(1).to(features.device) < detector.config.roi_skip_probability
-            if post_decoder is not None and post_decoder.training and post_decoder.config.region_drop > 0:
+            dropping = post_decoder is not None and (post_decoder.training or always)
+            if dropping and post_decoder.config.region_drop > 0:
                 draws = _region_draws(index, seed, [REGION_DROP[name] for name in group], sizes, regions)
                 region_keep_mask = draws.to(features.device) >= post_decoder.config.region_drop
             output = model(
@@ -416,6 +450,7 @@ class ChexSupervision(ImageSupervision):
         answer: dict[str, Tensor] | None,
         image_features: ChexImageFeatures,
         batch: Batch,
+        pairs: Batch,
         anatomies: Tensor,
         kept: Tensor,
         positive: Tensor,
@@ -424,6 +459,7 @@ class ChexSupervision(ImageSupervision):
         shared: torch.Generator,
         collectives: Collectives,
     ) -> dict[str, Tensor]:
+        """The terms of the anatomies with these numbers; `pairs` is the batch that has the boxes of region pairs."""
         options, terms, count = self.objectives, self.terms, len(anatomies)
         boxes, present = batch.anatomy_boxes[:, anatomies], batch.anatomy_present[:, anatomies]
         arguments: dict[str, Tensor] = {}
@@ -438,9 +474,8 @@ class ChexSupervision(ImageSupervision):
                 arguments |= {
                     "multi_region_boxes": answer["region_boxes"][:, count:],
                     "multi_region_scores": answer["region_scores"][:, count:],
-                    # from the moved single boxes: the official targets ignore the augmentation
-                    "multi_target_boxes": batch.anatomy_boxes[:, self.members],
-                    "multi_target_mask": batch.anatomy_present[:, self.members],
+                    "multi_target_boxes": pairs.anatomy_boxes[:, self.members],
+                    "multi_target_mask": pairs.anatomy_present[:, self.members],
                 }
         sentences = batch.anatomy_sentences[:, anatomies]
         has_sentences = sentences >= 0
@@ -457,7 +492,7 @@ class ChexSupervision(ImageSupervision):
             kept=kept,
             terms=terms,
             options=options.anatomy,
-            objective_mode=options.mode,
+            objective_mode=self.objective_mode,
             generator=shared,
             collectives=collectives,
             **arguments,
@@ -492,9 +527,7 @@ class ChexSupervision(ImageSupervision):
                 model, features, texts, draws, collectives.of("anatomy_generation")
             )
         if answer is not None and not self.training:
-            corners = center_to_corners_format(answer["boxes"][:, :count])
-            targets = center_to_corners_format(boxes)
-            iou = torch.stack([box_iou(c, t)[0].diagonal() for c, t in zip(corners, targets, strict=True)])
+            iou = paired_iou(answer["boxes"][:, :count], boxes)
             counted = collectives.of("metric/anatomy_miou")
             mean = masked_mean(iou, present, counted)
             if counted.total(present.sum()) > 0:
@@ -508,7 +541,44 @@ class ChexSupervision(ImageSupervision):
         chosen = choose_for_generation(
             texts >= 0, self.objectives.sentences_per_generation, draws=draws, collectives=collectives
         )
-        return sentence_loss(model.sentence_generator, features[chosen], texts[chosen], self.text_tokens, collectives)
+        return sentence_loss(
+            model.sentence_generator,
+            features[chosen],
+            texts[chosen],
+            self.text_tokens,
+            collectives,
+            self.objective_mode,
+            candidates=texts[texts >= 0],
+        )
+
+
+def _own_boxes_first(boxes: Tensor, chosen: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    The chosen boxes of each image, whatever their class.
+
+    Args:
+        boxes: (N, C, T, 4).
+        chosen: (N, C, T) bool.
+        classes: (N,) class whose boxes come first, in their T places. Those of other classes follow, without any that
+            are there already.
+
+    Returns:
+        Boxes (N, T', 4) with T' = T unless any image has others, and their mask (N, T').
+    """
+    rows = torch.arange(len(boxes), device=boxes.device)
+    own_boxes, own = boxes[rows, classes], chosen[rows, classes]
+    others = chosen.clone()
+    others[rows, classes] = False
+    if not others.any():
+        return own_boxes, own
+    others, boxes = others.flatten(1), boxes.flatten(1, 2)
+    order = (~others).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(others.sum(1).max())]
+    boxes = torch.cat([own_boxes, boxes.gather(1, order[..., None].expand(-1, -1, 4))], dim=1)
+    mask = torch.cat([own, others.gather(1, order)], dim=1)
+    same = (boxes[:, :, None] == boxes[:, None]).all(-1) & mask[:, :, None] & mask[:, None]  # (N, T', T')
+    repeated = same.tril(-1).any(2)
+    repeated[:, : own.shape[1]] = False
+    return boxes, mask & ~repeated
 
 
 def _region_draws(index: Tensor, seed: int, keys: Sequence[int], sizes: Sequence[int], regions: int) -> Tensor:
@@ -523,21 +593,25 @@ def sentence_loss(
     texts: Tensor,
     tokens: TokenTable,
     collectives: Collectives,
+    objective_mode: ObjectiveMode = "corrected",
+    candidates: Tensor | None = None,
 ) -> Tensor:
     """
-    Teacher-forced cross-entropy of texts (S,) given features (S, D) or (S, L, D): mean over all their tokens but the
-    first, in all processes and parts of the step. Texts of -1 have none.
+    The `generation_loss` of texts (S,) given features (S, D) or (S, L, D). Texts of -1 have none. With
+    `objective_mode="official"`, the texts are padded to the longest of the candidates, by default themselves.
     """
     if len(tokens.lengths) == 0:
         return features.sum() * 0.0
+    longest = 0
+    if objective_mode == "official":
+        candidates = texts if candidates is None else candidates
+        longest = padded_length(tokens.lengths[candidates[candidates >= 0]], collectives)
     if len(texts) == 0:  # a generator that is spread over the processes needs all of them in every pass
         features, texts = features.sum(0, keepdim=True), texts.new_full((1,), -1)
-    ids, mask = tokens(texts.clamp_min(0))
-    labels = sentence_generator.target_labels(ids, mask).masked_fill(texts[:, None] < 0, -100)
-    count = collectives.mean_count((labels[:, 1:] != -100).sum().float())
-    return sentence_generator(
-        input_ids=ids, attention_mask=mask, features=features, labels=labels, num_items_in_batch=count
-    ).loss
+    ids, mask = tokens(texts.clamp_min(0), longest)
+    logits = sentence_generator(input_ids=ids, attention_mask=mask, features=features).logits
+    written = mask * (texts[:, None] >= 0)
+    return generation_loss(logits, ids, written, objective_mode, collectives)
 
 
 class Outline:
@@ -581,12 +655,10 @@ class Outline:
 
 
 class GeneratorOutline:
-    """The same for a sentence generator, of which only the loss is asked."""
+    """The same for a sentence generator; nothing depends on the size of its vocabulary."""
 
-    target_labels = staticmethod(ChexSentenceGenerator.target_labels)
-
-    def __call__(self, features: Tensor, **others: object) -> SimpleNamespace:
-        return SimpleNamespace(loss=features.sum() * 0.0)
+    def __call__(self, input_ids: Tensor, features: Tensor, **others: object) -> SimpleNamespace:
+        return SimpleNamespace(logits=(features.sum() * 0.0).expand(*input_ids.shape, 1))
 
 
 class ContrastiveSupervision(ImageSupervision):
@@ -762,8 +834,10 @@ class GeneratorSupervision(Supervision):
         texts: Sequence[str],
         feature_dropout: float = 0.3,
         max_copies: int = 4,
+        objective_mode: ObjectiveMode = "corrected",
     ):
         super().__init__(generator)
+        self.objective_mode = objective_mode
         self.text_features = text_features
         self.text_tokens = TokenTable(
             generator_tokenizer, texts, generator.config.max_generation_length, start_and_end=True
@@ -776,7 +850,9 @@ class GeneratorSupervision(Supervision):
         model = GeneratorOutline() if collectives.counting else self.model
         copies = int(torch.randint(1, self.max_copies + 1, (1,), generator=torch.Generator().manual_seed(seed)))
         features = self.feature_dropout(self.text_features(batch)[:, None].repeat(1, copies, 1))
-        loss = sentence_loss(model, features, batch, self.text_tokens, collectives.of("generation"))
+        loss = sentence_loss(
+            model, features, batch, self.text_tokens, collectives.of("generation"), self.objective_mode
+        )
         return {"loss": loss, "generation": loss.detach()}
 
 

@@ -290,10 +290,13 @@ class TokenTable(nn.Module):
         self.register_buffer("lengths", lengths, persistent=False)
         self.register_buffer("starts", lengths.cumsum(0) - lengths, persistent=False)
 
-    def forward(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids (S, T) and their mask (S, T), int64, of the texts with these numbers (S,), at least one."""
+    def forward(self, numbers: Tensor, shortest: int = 0) -> tuple[Tensor, Tensor]:
+        """
+        Token ids (S, T) and their mask (S, T), int64, of the texts with these numbers (S,), at least one; T is the
+        length of the longest, and not less than `shortest`.
+        """
         lengths = self.lengths[numbers]
-        place = torch.arange(int(lengths.max()), device=numbers.device)
+        place = torch.arange(max(int(lengths.max()), shortest), device=numbers.device)
         mask = place < lengths[:, None]
         ids = self.ids[(self.starts[numbers, None] + place).clamp_max(len(self.ids) - 1)].long()
         return ids.masked_fill(~mask, self.padding), mask.long()

@@ -1,8 +1,9 @@
 """The training objectives of ChEX (Müller et al., ECCV 2024) as pure functions on tensors.
 
-From the single loss to the whole step: `contrastive` and `detection` hold the losses, `matching` the assignment of
-regions to boxes, `sampling` the random choices, `supervisors` the terms of each group of queries, `weights` their
-coefficients. `reduction` has the shared means, and what the objectives need from other processes (`Collectives`).
+From the single loss to the whole step: `contrastive`, `detection` and `generation` hold the losses, `matching` the
+assignment of regions to boxes, `sampling` the random choices, `supervisors` the terms of each group of queries,
+`weights` their coefficients. `reduction` has the shared means, and what the objectives need from other processes
+(`Collectives`).
 """
 
 from .contrastive import (
@@ -23,7 +24,8 @@ from .detection import (
     presence_loss,
     sentence_detection_loss,
 )
-from .matching import Matching, giou_cost, l1_cost, match_regions, pairwise
+from .generation import generation_loss, padded_length
+from .matching import Matching, ObjectiveMode, giou_cost, l1_cost, match_regions, paired_iou, pairwise
 from .reduction import SINGLE_PROCESS, Collectives, StepTotals
 from .sampling import (
     choose_for_generation,
@@ -61,6 +63,7 @@ __all__ = [
     "Collectives",
     "DetectionOptions",
     "Matching",
+    "ObjectiveMode",
     "ObjectiveWeights",
     "PathologyDetectionLoss",
     "PathologyOptions",
@@ -72,11 +75,14 @@ __all__ = [
     "choose_for_generation",
     "choose_synonyms",
     "focal_loss",
+    "generation_loss",
     "giou_cost",
     "global_contrastive_loss",
     "image_draws",
     "l1_cost",
     "match_regions",
+    "padded_length",
+    "paired_iou",
     "pairwise",
     "pathology_classification_loss",
     "pathology_detection_loss",

@@ -252,8 +252,10 @@ def presence_loss(
     """Cross-entropy of the region scores of anatomy queries with the presence of the anatomy in the image (and of
     phrases with their truth, see `sentence_detection_loss`).
 
-    Not in the paper, whose anatomy scores are supervised by nothing: whether an anatomy then counts as found is left
-    to chance.
+        L = mean over annotated (n, a) and regions r of -log w_r where a is in the image, -log(1 - w_r) where not
+
+    with the logarithms of at least 1e-7. Not in the paper, whose anatomy scores are supervised by nothing: whether an
+    anatomy then counts as found is left to chance.
 
     Args:
         region_scores: (N, A, R) probabilities.

@@ -64,11 +64,17 @@ def giou_cost(boxes: Tensor, targets: Tensor) -> Tensor:
         (...), the broadcast shape without the last axis; values in [0, 2].
     """
     boxes, targets = torch.broadcast_tensors(center_to_corners_format(boxes), center_to_corners_format(targets))
-    overlap = _area(torch.maximum(boxes[..., :2], targets[..., :2]), torch.minimum(boxes[..., 2:], targets[..., 2:]))
+    overlap, union = _overlap_and_union(boxes, targets)
     hull = _area(torch.minimum(boxes[..., :2], targets[..., :2]), torch.maximum(boxes[..., 2:], targets[..., 2:]))
-    union = _area(boxes[..., :2], boxes[..., 2:]) + _area(targets[..., :2], targets[..., 2:]) - overlap
-    union, hull = union.clamp(min=1e-7), hull.clamp(min=1e-7)
+    hull = hull.clamp(min=1e-7)
     return 1 - overlap / union + (hull - union) / hull
+
+
+@full_precision
+def paired_iou(boxes: Tensor, targets: Tensor) -> Tensor:
+    """IoU of each box with its own target, a metric of validation. (..., 4), (..., 4) broadcastable -> (...)."""
+    overlap, union = _overlap_and_union(center_to_corners_format(boxes), center_to_corners_format(targets))
+    return overlap / union
 
 
 def pairwise(boxes: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,6 +150,13 @@ def match_regions(
     cheapest = cost.masked_fill(~assigned, torch.inf).argmin(dim=1, keepdim=True)  # (B, 1, T)
     matched = torch.zeros_like(assigned).scatter_(1, cheapest, assigned.any(dim=1, keepdim=True)).any(dim=-1)
     return Matching(assigned.view(*batch, regions, targets), matched.view(*batch, regions))
+
+
+def _overlap_and_union(boxes: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Areas that two boxes, as corners (..., 4), share and cover; the latter at least 1e-7."""
+    overlap = _area(torch.maximum(boxes[..., :2], targets[..., :2]), torch.minimum(boxes[..., 2:], targets[..., 2:]))
+    union = _area(boxes[..., :2], boxes[..., 2:]) + _area(targets[..., :2], targets[..., 2:]) - overlap
+    return overlap, union.clamp(min=1e-7)
 
 
 def _area(top_left: Tensor, bottom_right: Tensor) -> Tensor:

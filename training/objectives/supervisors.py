@@ -1,8 +1,9 @@
 """The three groups of queries and their loss terms (ChEX): sentences, pathologies, anatomy.
 
 Each function takes outputs of the model for its queries, with the targets, and returns the requested unweighted
-terms by name, to be weighted and added by `weights.weighted_sum`. The generation terms are computed by the model's
-sentence generator on queries chosen with `sampling.choose_for_generation`.
+terms by name, to be weighted and added by `weights.weighted_sum`. The generation terms are
+`generation.generation_loss` of the sentence generator's logits, for queries chosen with
+`sampling.choose_for_generation`.
 
 What is not annotated is masked, never removed, so the graph does not depend on the data: with nothing annotated a term
 is 0 and its gradients are 0. Targets that a data set does not have at all may be left out.
@@ -40,13 +41,17 @@ ANATOMY_TERMS = ("anatomy_detection", "anatomy_classification", "anatomy_mse")
 
 @dataclass(frozen=True)
 class SentenceOptions:
-    """Settings of the sentence terms; the defaults are the paper's. See the losses of the same names."""
+    """Settings of the sentence terms; the defaults are the paper's. See the losses of the same names.
+
+    `identical_negatives`: whether a sentence that occurs twice is a negative of itself, in `sentence_contrastive`.
+    """
 
     global_temperature: float = 0.2
     temperature: float = 0.25
     lambda_region_to_sentence: float = 1.0
     lambda_sentence_to_region: float = 0.0
     cross_image_negatives: bool = True
+    identical_negatives: bool = True
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ def sentence_objective(
         sentence_mask: (N, S) bool, valid sentences.
         patch_features: (N, ..., D) of the image encoder, needed for "global_contrastive".
         sentence_ids: (N, S) equal for identical sentences, which then are no negatives of each other; by default, as
-            in the paper, they are.
+            in the paper, they are. Needed without `options.identical_negatives`.
         terms: which of `SENTENCE_TERMS` to compute; other names are left to the other functions.
         options: temperatures and the like.
         collectives: the other processes of a distributed run, whose sentences are negatives too.
@@ -104,7 +109,7 @@ def sentence_objective(
         The requested terms, scalars.
 
     Raises:
-        ValueError: if "global_contrastive" is requested without `patch_features`.
+        ValueError: if "global_contrastive" is requested without `patch_features`, or `sentence_ids` are needed.
     """
     losses = {}
     if "global_contrastive" in terms:
@@ -118,6 +123,8 @@ def sentence_objective(
             collectives.of("global_contrastive"),
         )
     if "sentence_contrastive" in terms:
+        if sentence_ids is None and not options.identical_negatives:
+            raise ValueError("Without identical_negatives, 'sentence_contrastive' needs sentence_ids.")
         losses["sentence_contrastive"] = sentence_contrastive_loss(
             collectives.gather(sentence_features),
             collectives.gather(query_features),
