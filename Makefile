@@ -6,7 +6,7 @@ SOURCES := modeling_chex processing_chex training evaluation space_app tests ben
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow benchmark-phantom lint format clean
 
 # Installed again only when the requirements have changed.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
@@ -40,6 +40,10 @@ $(VENV)/.upstream-tests: $(VENV)/.test-data constraints.txt
 # The rest: conversion of a full-size checkpoint (8 GB of disk, 5 GB of memory), compilation, Transformers' own tests.
 test-slow: $(VENV)/.upstream-tests
 	CHEX_TRANSFORMERS_TESTS=$(VENV)/transformers $(BIN)/python -m pytest -m slow
+
+# Long: hours on two cores. Can be stopped at any moment; what is finished is kept (benchmarks/results/).
+benchmark-phantom: $(VENV)/.installed
+	$(BIN)/python benchmarks/phantom.py $(if $(RUNS),--runs $(RUNS))
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check $(SOURCES)
