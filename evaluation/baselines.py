@@ -5,8 +5,9 @@ possible the one that does best on the training split is taken, so that the comp
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import datasets
 import numpy as np
@@ -19,9 +20,11 @@ from evaluation.metrics.finding_f1.finding_f1 import finding_f1
 from evaluation.metrics.grounding_iou.grounding_iou import grounding_iou
 from evaluation.metrics.region_auroc.region_auroc import region_auroc
 
-from .tasks.base import Labeler
-from .tasks.records import Targets
+from .tasks.records import Targets, iterate_targets
 
+
+# The findings that a text states: 1 present, 0 denied, -1 uncertain.
+LabelText = Callable[[str], Mapping[str, int]]
 
 MIN_PHRASE_COUNT = 5
 PROBE_SIZE = 32
@@ -159,7 +162,7 @@ def _most_frequent(texts: Iterable[str]) -> str:
     return min(counts, key=lambda text: (-counts[text], text)) if counts else ""
 
 
-def region_sentence_baselines(train: Sequence[Targets], labeler: Labeler) -> dict[str, list[str]]:
+def region_sentence_baselines(train: Sequence[Targets], labeler: LabelText) -> dict[str, list[str]]:
     """Constant sentences per region: the most frequent one, and the most frequent one that states a finding."""
     regions = len(train[0].anatomy_sentences)
     spoken = [[target.anatomy_sentences[region] for target in train] for region in range(regions)]
@@ -171,7 +174,7 @@ def region_sentence_baselines(train: Sequence[Targets], labeler: Labeler) -> dic
     }
 
 
-def _score_region_sentences(sentences: list[str], test: Sequence[Targets], labeler: Labeler, names: Sequence[str]):
+def _score_region_sentences(sentences: list[str], test: Sequence[Targets], labeler: LabelText, names: Sequence[str]):
     predicted, actual = [], []
     for target in test:
         for region in np.flatnonzero(target.anatomy_present):
@@ -182,7 +185,7 @@ def _score_region_sentences(sentences: list[str], test: Sequence[Targets], label
 
 
 def score_constant_texts(
-    train: Sequence[Targets], test: Sequence[Targets], labeler: Labeler, names: Sequence[str]
+    train: Sequence[Targets], test: Sequence[Targets], labeler: LabelText, names: Sequence[str]
 ) -> dict:
     """`description_f1` and `report_f1` of constant texts.
 
@@ -285,3 +288,41 @@ def linear_probe_auroc(
     test_labels = np.stack([target.anatomy_labels for target in test])
     test_present = np.stack([target.anatomy_present for target in test])
     return region_auroc(scores, test_labels, test_present)["weighted"], best_penalty
+
+
+def score_baselines(
+    train_data: datasets.Dataset,
+    test_data: datasets.Dataset,
+    image_processor: object,
+    names: Sequence[str],
+    labeler: LabelText | None = None,
+) -> tuple[dict[str, float | None], dict[str, Any]]:
+    """
+    All baselines: fitted on one split, scored on another.
+
+    Args:
+        train_data, test_data: In the common record.
+        image_processor: That of the model: scores are computed in its frame.
+        names: The finding classes.
+        labeler: Reads texts; without one those baselines are left out.
+
+    Returns:
+        `anatomy_miou, detection_map50, grounding_miou, region_auroc, description_f1, report_f1`, and details.
+    """
+    train, test = (list(iterate_targets(part, image_processor)) for part in (train_data, test_data))
+    boxes = score_prior_boxes(fit_prior_boxes(train, len(names)), train, test)
+    values = {key: boxes[key] for key in ("anatomy_miou", "detection_map50", "grounding_miou")}
+    values["region_auroc"] = constant_auroc(train, test)
+    pixels = (pixel_features(train_data, image_processor), pixel_features(test_data, image_processor))
+    probe, penalty = linear_probe_auroc(pixels, train, test)
+    details = {
+        **boxes["details"],
+        "region_auroc_linear_probe": {"weighted": probe, "penalty": penalty, "pixels": pixels[0].shape[1]},
+        "training_images": len(train),
+    }
+    values |= {"description_f1": None, "report_f1": None}
+    if labeler is not None:
+        texts = score_constant_texts(train, test, labeler, names)
+        values |= {key: texts[key] for key in ("description_f1", "report_f1")}
+        details |= texts["details"]
+    return values, details

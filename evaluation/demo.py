@@ -7,15 +7,24 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
+from evaluation.baselines import score_baselines
+from evaluation.engine import Options, bind_tasks, evaluate
+from evaluation.files import write_text
 from evaluation.html_report import write_report
-from evaluation.run import evaluate_model, format_table, write_json
-from evaluation.tasks import choose_examples, explain_examples
+from evaluation.inference import DataSource, ModelSource
+from evaluation.page import write_pages
+from evaluation.results import RESULTS
+from evaluation.run import format_results
+from evaluation.tasks.catalog import find_tasks
+from evaluation.tasks.examples import choose_examples, explain_examples
 from modeling_chex import ChexModel
 from processing_chex import ChexProcessor
 from training.configuration import CONFIG_DIR, load_config
@@ -38,6 +47,15 @@ TARGETS = {
     "grounding_miou": 0.30,
     "region_auroc": 0.80,
     "description_f1": 0.45,
+}
+# Headline number -> the task that gives it, and its metric there.
+HEADLINES = {
+    "anatomy_miou": ("anatomy_localization", "miou"),
+    "detection_map50": ("od_vindr", "map50"),
+    "grounding_miou": ("sg_mscxr", "miou"),
+    "region_auroc": ("rc_cig", "wauroc"),
+    "description_f1": ("re_cig", "micro_f1"),
+    "report_f1": ("rg_mimic", "micro_f1"),
 }
 # What `fast` changes: enough to pass through every step, far too little to learn.
 FAST_DATA = {"num_train": 256, "num_validation": 48, "num_test": 48}
@@ -78,14 +96,16 @@ def run_demo(output_dir: str | Path = "runs/demo", fast: bool = False) -> Path:
     model, processor = ChexModel.from_pretrained(model_dir), ChexProcessor.from_pretrained(model_dir)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
-    results = work_dir / "metrics.json"
-    if results.is_file() and results.stat().st_mtime > (trained / "model.safetensors").stat().st_mtime:
-        logger.warning("evaluation: reusing %s.", results)
-        metrics = json.loads(results.read_text(encoding="utf-8"))
+    stored, evaluation_dir = work_dir / "metrics.json", work_dir / "evaluation"
+    if stored.is_file() and stored.stat().st_mtime > (trained / "model.safetensors").stat().st_mtime:
+        logger.warning("evaluation: reusing %s.", stored)
+        metrics = json.loads(stored.read_text(encoding="utf-8"))
     else:
-        metrics = evaluate_model(model, processor, data)
-        write_json(results, metrics)
-    write_json(output_dir / "metrics.json", metrics)
+        metrics = _evaluate(
+            model_dir, processor, data, evaluation_dir, device, "make demo FAST=1" if fast else "make demo"
+        )
+        _write_json(stored, metrics)
+    _write_json(output_dir / "metrics.json", metrics)
 
     history = []
     for stage in STAGES:
@@ -120,8 +140,93 @@ def run_demo(output_dir: str | Path = "runs/demo", fast: bool = False) -> Path:
         print(f"A linear probe on the pixels classifies regions with AUROC {probe:.3f}.")
     print(f"Finished in {(time.perf_counter() - start) / 60:.1f} minutes.")
     print(f"Model:   {model_dir}\nMetrics: {output_dir / 'metrics.json'}\nReport:  {report} (open it in a browser)")
+    print(f"Tasks:   {evaluation_dir / 'index.html'} (all tasks of the paper on the phantom, with intervals)")
     print('Ask it:  chex explain IMAGE --prompt "Pleural effusion" --figure explained.png')
     return report
+
+
+def _evaluate(
+    model_dir: Path, processor: ChexProcessor, data: Mapping, output_dir: Path, device: str, command: str
+) -> dict[str, Any]:
+    """The twins of the paper's tasks and anatomy localisation, and the headline numbers beside trivial baselines."""
+    tasks = bind_tasks(find_tasks(["anatomy_localization", "all"]), ["phantom"], twins=True)
+    model = ModelSource(model_dir, device=device)
+    options = Options(optimize=True, overwrite=True)
+    results = evaluate(model, {"phantom": DataSource("phantom", data)}, tasks, output_dir, options, command=command)
+    write_pages(output_dir / RESULTS)
+    print(f"\n{format_results(results)}")
+    names = results["tasks"]["od_vindr"]["per_class"]
+    baselines = score_baselines(
+        data["train"], data["test"], processor.image_processor, [row["name"] for row in names], label_text
+    )
+    return headline_metrics(results, *baselines)
+
+
+def headline_metrics(results: Mapping[str, Any], baselines: Mapping[str, Any], details: Mapping[str, Any]) -> dict:
+    """
+    What `metrics.json` of the demo holds: the six headline numbers (None where undefined), the same under `baselines`,
+    and `details` for the page.
+
+    Args:
+        results: As from `evaluation.engine.evaluate`.
+        baselines, details: As from `evaluation.baselines.score_baselines`.
+    """
+    tasks = results["tasks"]
+
+    def per_class(name: str, metric: str) -> dict[str, float | None]:
+        return {row["name"]: row.get(metric) for row in tasks[name]["per_class"]}
+
+    return {
+        **{key: tasks[task]["metrics"][metric]["value"] for key, (task, metric) in HEADLINES.items()},
+        "baselines": dict(baselines),
+        "details": {
+            "finding_detection": {
+                "per_class": {
+                    row["name"]: {"ap50": row["map50"], "ground_truths": row["positives"]}
+                    for row in tasks["od_vindr"]["per_class"]
+                },
+                "settings": tasks["od_vindr"]["settings"]["post_processing"],
+            },
+            "sentence_grounding": {"settings": tasks["sg_mscxr"]["settings"]["post_processing"]},
+            "anatomy_localization": {"per_region": per_class("anatomy_localization", "miou")},
+            "region_classification": {"per_class": per_class("rc_cig", "wauroc")},
+            **{
+                name: {"per_class": {key: {"f1": value} for key, value in per_class(task, "f1").items()}}
+                for name, task in (("region_description", "re_cig"), ("report_generation", "rg_mimic"))
+            },
+            "baselines": dict(details),
+            "skipped": results["skipped"],
+            "split": tasks["od_vindr"]["split"],
+            "images": tasks["od_vindr"]["images"],
+            "seed": results["seed"],
+            "seconds": results["seconds"],
+            "versions": results["versions"],
+        },
+    }
+
+
+TABLE = (
+    ("anatomy_miou", "anatomy localisation", "mIoU"),
+    ("detection_map50", "finding detection", "mAP@0.5"),
+    ("grounding_miou", "sentence grounding", "mIoU"),
+    ("region_auroc", "region classification", "wAUROC"),
+    ("description_f1", "region description", "micro-F1"),
+    ("report_f1", "report generation", "micro-F1"),
+)
+
+
+def format_table(metrics: Mapping) -> str:
+    """The headline numbers beside their baselines, as text."""
+    lines = [f"{'task':<24}{'metric':<10}{'model':>8}{'baseline':>10}"]
+    for key, task, metric in TABLE:
+        model, baseline = metrics.get(key), (metrics.get("baselines") or {}).get(key)
+        cells = ["-" if value is None else f"{value:.3f}" for value in (model, baseline)]
+        lines.append(f"{task:<24}{metric:<10}{cells[0]:>8}{cells[1]:>10}")
+    return "\n".join(lines)
+
+
+def _write_json(path: Path, content: Mapping) -> None:
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def _overrides(work_dir: Path, fast: bool) -> list[str]:
@@ -144,4 +249,4 @@ def _same_file(first: Path, second: Path) -> bool:
     return second.is_file() and first.read_bytes() == second.read_bytes()
 
 
-__all__ = ["run_demo"]
+__all__ = ["HEADLINES", "format_table", "headline_metrics", "run_demo"]

@@ -1,328 +1,215 @@
-"""Evaluate a ChEX model on a data set in the common record format, beside trivial baselines.
+"""
+Evaluate a ChEX model on the nine tasks of the paper, with bootstrap intervals.
 
-    python evaluation/run.py --model runs/demo/model --data-dir runs/demo/phantom --split test --output metrics.json
+    accelerate launch evaluation/run.py --model runs/chex --tasks all --bootstrap 250 --optimize-inference \
+        --output runs/evaluation
 
-`--data-dir` is a folder written by `DatasetDict.save_to_disk`, or the cache folder of the phantom builder.
+`torchrun`, plain Python and `chex evaluate` take the same arguments; docs/evaluation.md explains them.
 """
 
 import argparse
-import json
-import platform
+import logging
+import shlex
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
-import torch
-
-from evaluation.baselines import (
-    constant_auroc,
-    fit_prior_boxes,
-    linear_probe_auroc,
-    pixel_features,
-    score_constant_texts,
-    score_prior_boxes,
-)
-from evaluation.files import write_text
-from evaluation.tasks import TASKS, EvaluationContext
-from evaluation.tasks.base import Labeler
-from evaluation.tasks.description import RegionDescription
-from evaluation.tasks.detection import FindingDetection
-from evaluation.tasks.grounding import SentenceGrounding
-from evaluation.tasks.records import iterate_targets
-from processing_chex.prompt_sets import class_prompts, find_class_set
-from training.data.prepared import is_prepared, open_prepared
-from training.data.record import record_classes
+from evaluation.results import RESULTS
+from evaluation.tasks.catalog import DATA_SETS, GROUPS, PRESETS, TASKS, check_metrics, find_tasks, nearest
 
 
-HEADLINES = tuple(task.headline for task in TASKS.values())
-TUNED = (FindingDetection.name, SentenceGrounding.name)
-PACKAGES = ("torch", "transformers", "datasets", "evaluate", "numpy", "scipy")
+BAD_INPUT = 2
 
 
-@torch.inference_mode()
-def evaluate_model(
-    model: Any,
-    processor: Any,
-    data: Mapping[str, datasets.Dataset],
-    *,
-    split: str = "test",
-    batch_size: int = 64,
-    limit: int | None = None,
-    seed: int = 0,
-    tasks: Sequence[str] | None = None,
-    labeler: Labeler | None = None,
-    class_set: str | None = None,
-    tune: bool = True,
-    baselines: bool = True,
-    baseline_limit: int = 4000,
-    max_normal: float | None = None,
-    generation_kwargs: Mapping[str, Any] | None = None,
-    progress: bool = True,
-) -> dict:
-    """Scores a model on one split and returns a dict that is ready for JSON.
-
-    Args:
-        model: `ChexModel`; put into evaluation mode (and back).
-        processor: its `ChexProcessor`.
-        data: splits by name (`DatasetDict`) in the common record format. `validation` is used to fit post-processing,
-            `train` to fit the baselines; without them the defaults stay and the baselines are left out.
-        split: the split to score.
-        batch_size: images encoded together.
-        limit: use only the first so many images of the scored and of the validation split.
-        seed: of the draw of normal regions, if `max_normal` is given.
-        tasks: names out of `TASKS`; left out: all of them.
-        labeler: text -> {finding: 1 / 0 / -1}; left out: the exact labeller of the phantom, for phantom classes.
-        class_set: name of the prompt set of the finding classes; left out: found by their names.
-        tune: fit post-processing of detection and grounding on the validation split.
-        baselines: also score the trivial baselines.
-        baseline_limit: training images that the baselines see.
-        max_normal: see `RegionDescription`.
-        generation_kwargs: instead of greedy decoding of at most 32 tokens.
-        progress: show progress bars.
-
-    Returns:
-        The six headline numbers `anatomy_miou, detection_map50, grounding_miou, region_auroc, description_f1,
-        report_f1` (None where a task was not run or is undefined), the same under `baselines`, and `details` with one
-        entry per task, the baselines' details, skipped tasks with the reason, counts, seconds, seed and versions.
-
-    Raises:
-        ValueError: for an unknown split or task, an empty split, or finding classes without prompts.
-    """
-    start = time.perf_counter()
-    chosen = list(TASKS) if tasks is None else list(tasks)
-    unknown = [name for name in chosen if name not in TASKS]
-    if unknown:
-        raise ValueError(f"Unknown task {', '.join(unknown)}. Choose from: {', '.join(TASKS)}.")
-    if split not in data or not len(data[split]):
-        raise ValueError(f"There is no split {split!r} with images in this data set; choose from: {', '.join(data)}.")
-    if limit is not None and limit < 1:
-        raise ValueError(f"`limit` is {limit}, but at least one image is needed; leave it out to use all.")
-    names = record_classes(data[split].features)
-    class_set = class_set or find_class_set(names)
-    context = EvaluationContext(
-        model, processor, class_prompts(class_set), labeler or _default_labeler(class_set), progress=progress
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="chex evaluate",
+        description="Evaluate a ChEX model on the tasks of the paper, with bootstrap intervals.",
+        epilog=f"Tasks: {', '.join(TASKS)}. Groups: {', '.join(GROUPS)}. Data sets: {', '.join(DATA_SETS)}.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    if generation_kwargs is not None:
-        context.generation_kwargs = dict(generation_kwargs)
-
-    skipped = {}
-    for name in [name for name in chosen if TASKS[name].needs_text]:
-        if not context.can_generate:
-            skipped[name] = "the model has no sentence generator (training stages 1 and 2)"
-        elif context.labeler is None:
-            skipped[name] = f"no labeller is known for the class set {class_set!r}; pass one"
-    chosen = [name for name in chosen if name not in skipped]
-
-    result: dict[str, Any] = dict.fromkeys(HEADLINES)
-    details: dict[str, Any] = {}
-    was_training = model.training
-    model.eval()
-    try:
-        options: dict[str, dict] = {RegionDescription.name: {"max_normal": max_normal, "seed": seed}}
-        running = {name: TASKS[name](context, **options.get(name, {})) for name in chosen}
-        tuned = [name for name in TUNED if name in chosen]
-        if tune and tuned and len(data.get("validation", ())):
-            _tune(context, {name: running[name] for name in tuned}, _head(data["validation"], limit), batch_size)
-        for batch in context.batches(_head(data[split], limit), batch_size, f"evaluate on {split}"):
-            for name, task in running.items():
-                with context.timed(name):
-                    task.update(batch)
-        for name, task in running.items():
-            with context.timed(name):
-                details[name] = task.compute()
-            result[task.headline] = details[name].pop("value")
-    finally:
-        model.train(was_training)
-
-    if baselines and len(data.get("train", ())):
-        with context.timed("baselines"):
-            result["baselines"], details["baselines"] = _baselines(
-                context, data["train"], _head(data[split], limit), names, baseline_limit
-            )
-    details |= {
-        "skipped": skipped,
-        "split": split,
-        "images": len(_head(data[split], limit)),
-        "class_set": class_set,
-        "seed": seed,
-        "batch_size": batch_size,
-        "generation": context.generation_kwargs,
-        "seconds": {**{name: round(value, 2) for name, value in context.seconds.items()}},
-        "versions": _versions(),
-    }
-    details["seconds"]["total"] = round(time.perf_counter() - start, 2)
-    result["details"] = details
-    return result
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="folder of the model and its processor")
+    add("--output", required=True, metavar="DIR", help="folder of the results; what it holds already is taken over")
+    add("--tasks", nargs="+", default=["all"], metavar="NAME", help="tasks or groups of tasks")
+    add(
+        "--data",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=DIR",
+        help="folder of a data set; left out: prepared/NAME, where it is there",
+    )
+    add("--twins", action="store_true", help="run the tasks of the paper as their twins on the phantom")
+    add("--split", default="test", help="split that is scored")
+    add("--limit", type=int, metavar="N", help="only the first N images of each split")
+    add("--metrics", nargs="+", metavar="NAME", help="only these metrics")
+    add("--bootstrap", type=int, default=250, metavar="N", help="resamples; 0 leaves intervals out")
+    add("--seed", type=int, default=2147483647, help="of the bootstrap")
+    add("--optimize-inference", action="store_true", help="tune post-processing on the validation split, and store it")
+    add("--official", action="store_true", help="tune with the defects of the official code")
+    add("--preset", choices=list(PRESETS), help="of generation; left out: phantom on the phantom, else paper")
+    add("--labeler", metavar="SPEC", help="reads findings in texts: phantom, chexbert:DIR or package.module:attribute")
+    add("--batch-size", type=int, default=64, metavar="N", help="images encoded together")
+    add("--chunk-images", type=int, default=64, metavar="N", help="images in a file of predictions")
+    add("--device", help="left out: what the launcher gives")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the model")
+    add("--examples", type=int, default=6, metavar="N", help="examples of each task in the results, with pictures")
+    add("--predictions-only", action="store_true", help="make predictions and score nothing")
+    add("--score-only", action="store_true", help="score the predictions that are there")
+    add("--rescore", action="store_true", help="score again what has been scored before")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace predictions and tuned settings of another model or other data",
+    )
+    add("--no-progress", action="store_true", help="show no progress bars")
+    add("--debug", action="store_true", help="show the traceback of errors")
+    return parser
 
 
-def _head(dataset: datasets.Dataset, limit: int | None) -> datasets.Dataset:
-    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
-
-
-def _default_labeler(class_set: str) -> Labeler | None:
-    if class_set != "phantom":
-        return None
-    from training.data.phantom_text import label_text
-
-    return label_text
-
-
-def _tune(context: EvaluationContext, running: dict, validation: datasets.Dataset, batch_size: int) -> None:
-    """Fit the settings of detection and grounding on the validation split and put them into the tasks."""
-    trials = {name: TASKS[name](context) for name in running}
-    for batch in context.batches(validation, batch_size, "tune on validation"):
-        with context.timed("tuning"):
-            for trial in trials.values():
-                trial.update(batch)
-    for name, trial in trials.items():
-        with context.timed("tuning"):
-            settings, log = trial.tune()
-        running[name].settings = settings
-        running[name].tuning = {"validation_images": len(validation), "validation_values": log}
-
-
-def _baselines(
-    context: EvaluationContext, train_data: datasets.Dataset, test_data: datasets.Dataset, names: list[str], limit: int
-) -> tuple[dict, dict]:
-    image_processor = context.processor.image_processor
-    train_data = _head(train_data, limit)
-    train, test = (list(iterate_targets(part, image_processor)) for part in (train_data, test_data))
-    prior = fit_prior_boxes(train, len(names))
-    boxes = score_prior_boxes(prior, train, test)
-    values: dict[str, Any] = dict.fromkeys(HEADLINES)
-    values |= {key: boxes[key] for key in ("anatomy_miou", "detection_map50", "grounding_miou")}
-    values["region_auroc"] = constant_auroc(train, test)
-    pixels = (pixel_features(train_data, image_processor), pixel_features(test_data, image_processor))
-    probe, penalty = linear_probe_auroc(pixels, train, test)
-    details = {
-        **boxes["details"],
-        "region_auroc_linear_probe": {"weighted": probe, "penalty": penalty, "pixels": pixels[0].shape[1]},
-        "training_images": len(train),
-    }
-    if context.labeler is not None:
-        texts = score_constant_texts(train, test, context.labeler, names)
-        values |= {key: texts[key] for key in ("description_f1", "report_f1")}
-        details |= texts["details"]
-    return values, details
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
-def write_json(path: str | Path, content: Mapping) -> None:
-    """Write JSON through a temporary file, so that a reader never sees half of it."""
-    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-def load_data(data_dir: str | Path) -> datasets.DatasetDict:
-    """Open the splits in a folder that `chex data prepare` or `DatasetDict.save_to_disk` has written, or in the cache
-    of one builder.
+def parse_data(entries: Sequence[str]) -> dict[str, Path]:
+    """
+    `NAME=DIR` -> folders by name.
 
     Raises:
-        ValueError: if the folder is none of these.
+        ValueError: Not of this form, an unknown name, one that is given twice, or no such folder.
     """
-    folder = Path(data_dir)
-    if is_prepared(folder):
-        return open_prepared(folder)
-    if (folder / "dataset_dict.json").is_file():
-        return datasets.load_from_disk(str(folder))
-    # A builder's cache: <folder>/<builder>/<configuration>/<version>/<builder>-<split>.arrow
-    builds = sorted({info.parent for info in folder.glob("**/dataset_info.json")})
-    if len(builds) != 1:
-        found = "no data set" if not builds else f"{len(builds)} data sets ({', '.join(map(str, builds[:3]))})"
-        raise ValueError(
-            f"`--data-dir` {folder} holds {found}, but exactly one is needed: give a folder written by "
-            "`chex data prepare` or `DatasetDict.save_to_disk`, or the cache folder of one builder."
-        )
-    info = datasets.DatasetInfo.from_directory(str(builds[0]))
-    splits = {}
-    for split in info.splits or {}:
-        files = sorted(str(file) for file in builds[0].glob(f"*-{split}*.arrow"))
-        parts = [datasets.Dataset.from_file(file) for file in files]
-        if parts:
-            splits[split] = datasets.concatenate_datasets(parts)
-    return datasets.DatasetDict(splits)
-
-
-TABLE = (
-    ("anatomy_miou", "anatomy localisation", "mIoU"),
-    ("detection_map50", "finding detection", "mAP@0.5"),
-    ("grounding_miou", "sentence grounding", "mIoU"),
-    ("region_auroc", "region classification", "wAUROC"),
-    ("description_f1", "region description", "micro-F1"),
-    ("report_f1", "report generation", "micro-F1"),
-)
-
-
-def format_table(metrics: Mapping) -> str:
-    """The headline numbers beside their baselines, as text."""
-    lines = [f"{'task':<24}{'metric':<10}{'model':>8}{'baseline':>10}"]
-    for key, task, metric in TABLE:
-        model, baseline = metrics.get(key), (metrics.get("baselines") or {}).get(key)
-        cells = ["-" if value is None else f"{value:.3f}" for value in (model, baseline)]
-        lines.append(f"{task:<24}{metric:<10}{cells[0]:>8}{cells[1]:>10}")
-    return "\n".join(lines)
+    folders: dict[str, Path] = {}
+    for entry in entries:
+        name, separator, folder = entry.partition("=")
+        if not separator or not folder:
+            raise ValueError(f"--data {entry}: write NAME=DIR, for instance ms-cxr=prepared/ms-cxr.")
+        name = name.replace("_", "-")
+        if name not in DATA_SETS:
+            raise ValueError(f"--data {entry}: unknown data set {name!r}. {nearest(name, DATA_SETS, 'data sets')}")
+        if name in folders:
+            raise ValueError(f"--data names {name} twice: {folders[name]} and {folder}.")
+        if not Path(folder).is_dir():
+            raise ValueError(f"--data {entry}: {folder} is not a folder. 'chex data prepare {name}' makes one.")
+        folders[name] = Path(folder)
+    return folders
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code (2 for unusable input)."""
-    parser = argparse.ArgumentParser(description="Evaluate a ChEX model beside trivial baselines.")
-    parser.add_argument("--model", required=True, help="folder of the model and its processor")
-    parser.add_argument("--data-dir", required=True, help="saved DatasetDict, or cache folder of the phantom")
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--output", required=True, help="JSON file to write")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="only these tasks")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--limit", type=int, help="only the first so many images")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-normal", type=float, help="normal regions to describe per abnormal one (default: all)")
-    parser.add_argument("--no-tune", action="store_true", help="leave post-processing at its defaults")
-    parser.add_argument("--no-baselines", action="store_true")
-    parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args(argv)
-
-    from modeling_chex import ChexModel
-    from processing_chex import ChexProcessor
-
+    """Command line; returns the exit code: 0, or 2 for what the user can mend."""
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    command = shlex.join(["chex", "evaluate", *(sys.argv[1:] if argv is None else argv)])
     try:
-        if not Path(arguments.model).is_dir():
-            raise ValueError(f"`--model` {arguments.model} is not a folder: give the folder of a saved model.")
-        data = load_data(arguments.data_dir)
-        load: Callable = ChexModel.from_pretrained
-        model = load(arguments.model).to(arguments.device)
-        metrics = evaluate_model(
-            model,
-            ChexProcessor.from_pretrained(arguments.model),
-            data,
-            split=arguments.split,
-            batch_size=arguments.batch_size,
-            limit=arguments.limit,
-            seed=arguments.seed,
-            tasks=arguments.tasks,
-            tune=not arguments.no_tune,
-            baselines=not arguments.no_baselines,
-            max_normal=arguments.max_normal,
-        )
+        tasks = find_tasks(arguments.tasks)
+        if arguments.metrics:
+            check_metrics(arguments.metrics, tasks)
+        if arguments.predictions_only and arguments.score_only:
+            raise ValueError("--predictions-only and --score-only exclude each other.")
+        folders = parse_data(arguments.data)
+        return run(arguments, folders, command)
     except (ValueError, OSError) as error:
+        if arguments.debug:
+            raise
         print(f"Error: {error}", file=sys.stderr)
-        return 2
-    write_json(arguments.output, metrics)
-    print(format_table(metrics))
-    for name, reason in metrics["details"]["skipped"].items():
-        print(f"Skipped {name}: {reason}.")
-    print(f"Written to {arguments.output}")
+        return BAD_INPUT
+
+
+def run(arguments: argparse.Namespace, folders: dict[str, Path], command: str) -> int:
+    """What the command line does, once it has been read."""
+    import torch
+    from accelerate import PartialState
+
+    from evaluation.engine import Options, bind_tasks, evaluate
+    from evaluation.inference import DataSource, ModelSource
+    from evaluation.page import write_pages
+    from evaluation.processes import Processes
+    from training.distributed import process_group_options, warn_of_missing_processes
+
+    options = Options(
+        split=arguments.split,
+        resamples=arguments.bootstrap,
+        seed=arguments.seed,
+        metrics=tuple(arguments.metrics) if arguments.metrics else None,
+        optimize=arguments.optimize_inference,
+        official=arguments.official,
+        batch_size=arguments.batch_size,
+        chunk_images=arguments.chunk_images,
+        limit=arguments.limit,
+        preset=arguments.preset,
+        labeler=arguments.labeler,
+        examples=arguments.examples,
+        overwrite=arguments.overwrite,
+        rescore=arguments.rescore,
+        progress=not arguments.no_progress,
+        predict=not arguments.score_only,
+        score=not arguments.predictions_only,
+    )
+    # Without `cpu`, processes on CPUs would not be connected.
+    state = PartialState(cpu=not torch.accelerator.is_available(), **process_group_options().to_kwargs())
+    warn_of_missing_processes(state.num_processes)
+    processes = Processes(state.process_index, state.num_processes)
+    model = ModelSource(arguments.model, device=arguments.device or state.device, dtype=arguments.dtype)
+    tasks = find_tasks(arguments.tasks)
+    found = {name: Path(info.folder) for name, info in DATA_SETS.items() if Path(info.folder).is_dir()} | folders
+    needed = bind_tasks(tasks, found, twins=arguments.twins)
+    names = {task.data for task in needed}
+    data: dict[str, DataSource] = {}
+
+    def open_data() -> None:
+        data.update({name: DataSource.open(name, found[name]) for name in sorted(names & set(found))})
+
+    processes.share(open_data)  # the main process first: opening a folder for the first time makes its Arrow copy
+    if not processes.is_main:
+        open_data()
+    results = evaluate(
+        model, data, needed, arguments.output, options, processes, command, say=lambda line: print(line, flush=True)
+    )
+    if results is None:
+        return 0
+    path = Path(arguments.output) / RESULTS
+    pages = write_pages(path)
+    print(f"\n{format_results(results)}\n")
+    for name, reason in results["skipped"].items():
+        print(f"{name}: not run: {reason}")
+    print("\n".join(f"Written: {file}" for file in (path, path.with_suffix(".csv"), *pages)))
     return 0
 
 
+def format_results(results: Mapping[str, Any]) -> str:
+    """A line for each task: its headline metric with interval, and what is not computed."""
+    rows = [("task", "metric", "value", "95 % interval", "mean ± std", "images")]
+    for name, task in results["tasks"].items():
+        metric = task["headline"]
+        entry = task["metrics"].get(metric)
+        label = f"{name} (twin)" if task["twin"] else name
+        if entry is None:
+            rows.append((label, metric, "not computed", "", "", f"{task['images']:,}"))
+            continue
+        value, low, high, mean, std = (
+            "-" if entry.get(key) is None else f"{entry[key]:.3f}" for key in ("value", "low", "high", "mean", "std")
+        )
+        rows.append((label, metric, value, f"{low} to {high}", f"{mean} ± {std}", f"{task['images']:,}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def run_as_script() -> None:
+    """`main` as a program: other processes are taken leave of, and one that is lost ends in a message."""
+    from training.distributed import leave_processes, lost_process
+
+    try:
+        code = main()
+        leave_processes()
+    except RuntimeError as error:
+        message = lost_process(error)
+        if message is None or "--debug" in sys.argv:
+            raise
+        print(f"Error: {message}", file=sys.stderr)
+        code = 1
+    sys.exit(code)
+
+
+__all__ = ["build_parser", "format_results", "main", "parse_data", "run_as_script"]
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_script()

@@ -5,6 +5,7 @@ import typer
 from space_app.convert_command import convert_app
 from space_app.data_command import data_app
 from space_app.demo_command import demo
+from space_app.evaluate_command import CONTEXT, evaluate
 from space_app.explain_command import explain
 
 
@@ -25,6 +26,7 @@ def chex() -> None:
 
 app.command("explain")(explain)
 app.command("demo")(demo)
+app.command("evaluate", context_settings=CONTEXT)(evaluate)
 app.add_typer(convert_app)
 app.add_typer(data_app)
 

@@ -1,231 +1,122 @@
-"""Tasks, baselines and the evaluation command, on real records with an oracle and with a tiny random model."""
+"""Targets, post-processing, baselines, and whole evaluations in memory with an oracle and with a tiny random model."""
 
 import json
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
-import torch
 
 from evaluation.baselines import (
     constant_auroc,
     fit_prior_boxes,
     linear_probe_auroc,
+    score_baselines,
     score_constant_texts,
     score_prior_boxes,
 )
-from evaluation.metrics.detection_map.detection_map import detection_map
-from evaluation.run import evaluate_model, format_table, load_data, main, write_json
-from evaluation.tasks import choose_examples, explain_examples
-from evaluation.tasks.base import centre_boxes, corners
-from evaluation.tasks.detection import (
-    Candidates,
-    DetectionSettings,
-    keep_after_nms,
-    post_process,
-    scale_boxes,
-    tune_detection,
-)
+from evaluation.demo import HEADLINES, format_table, headline_metrics
+from evaluation.engine import NothingToRun, Options, evaluate_model
+from evaluation.files import write_text
+from evaluation.inference import open_data
+from evaluation.tasks.catalog import PAPER_TASKS
+from evaluation.tasks.detection import Candidates, DetectionSettings, keep_after_nms, post_process, scale_boxes
+from evaluation.tasks.examples import choose_examples, explain_examples
 from evaluation.tasks.records import frame_boxes, iterate_targets, read_targets
-from evaluation.tasks.report import deduplicate
-from modeling_chex import ChexConfig, ChexModel, ChexOutput
-from processing_chex import ChexImageProcessor, ChexProcessor
-from processing_chex.prompt_sets import anatomy_prompts, class_prompts, find_class_set
-from processing_chex.vocabulary import ANATOMY_NAMES, CHEXPERT_CLASSES, PHANTOM_CLASSES
-from training.build_tokenizers import build_tokenizers
+from processing_chex import ChexImageProcessor
+from processing_chex.prompt_sets import find_class_set
+from processing_chex.report import deduplicate
+from processing_chex.vocabulary import CHEXPERT_CLASSES, PHANTOM_CLASSES
+from tests.evaluation_doubles import SIZE, Oracle, OracleProcessor, phantom_splits, small_image_processor, tiny_model
 from training.data.phantom import phantom_features, phantom_record
 from training.data.phantom_text import label_text
 
 
-SIZE = 64
-HEADLINES = ("anatomy_miou", "detection_map50", "grounding_miou", "region_auroc", "description_f1", "report_f1")
+ALL = ("anatomy_localization", *PAPER_TASKS)
+QUIET = {"progress": False, "examples": 0}
 
 
 @pytest.fixture(scope="module")
 def data():
-    """Phantom splits, small but real."""
-    splits = {"train": (0, 40), "validation": (1000, 8), "test": (2000, 24)}
-    return datasets.DatasetDict(
-        {
-            name: datasets.Dataset.from_list(
-                [phantom_record(3, start + index, SIZE) for index in range(count)], features=phantom_features()
-            )
-            for name, (start, count) in splits.items()
-        }
-    )
+    return phantom_splits()
 
 
 @pytest.fixture(scope="module")
 def image_processor():
-    return ChexImageProcessor(size={"height": SIZE, "width": SIZE})
+    return small_image_processor()
 
 
-class OracleProcessor:
-    """Real images; a text becomes its number in a list."""
-
-    def __init__(self, image_processor):
-        self.image_processor = image_processor
-        self.texts: list[str] = []
-
-    def __call__(self, images=None, text=None, return_tensors=None):
-        if images is not None:
-            return self.image_processor(images, return_tensors="pt")
-        self.texts += [entry for entry in text if entry not in self.texts]
-        ids = torch.tensor([[self.texts.index(entry)] for entry in text])
-        return EncodedText(input_ids=ids, attention_mask=torch.ones_like(ids))
-
-    def decode_sentences(self, ids):
-        return [[self.texts[int(entry[0])] if entry[0] >= 0 else "" for entry in row] for row in ids]
+def value(results, task, metric):
+    return results["tasks"][task]["metrics"][metric]["value"]
 
 
-class EncodedText(dict):
-    def to(self, device):
-        return self
+# -- the oracle -------------------------------------------------------------------------------------------------------
 
 
-class Oracle:
-    """Answers from the records themselves: exact boxes, features that say what is there, sentences to match.
-
-    Prompt features are unit vectors, one per text, so that the mean of synonyms still tells which texts were meant.
-    `shift` moves every box by that share of the image.
-    """
-
-    width = 600
-    regions = 6
-
-    def __init__(self, processor, records, shift=0.0, blind=False):
-        self.processor, self.shift, self.blind = processor, shift, blind
-        self.config = SimpleNamespace(generator_config=1, post_decoder_config=1, projection_dim=self.width)
-        self.device, self.training = torch.device("cpu"), False
-        self.records = {}
-        for record in records:
-            pixels = processor(images=[record["image"]])["pixel_values"][0]
-            self.records[pixels.numpy().tobytes()] = record
-        prompts = class_prompts("phantom")
-        self.positive = [prompts.positive[name][0] for name in PHANTOM_CLASSES]
-        self.negative = [prompts.negative[name][0] for name in PHANTOM_CLASSES]
-        self.anatomy = {text: i for i, name in enumerate(ANATOMY_NAMES) for text in anatomy_prompts()[name]}
-
-    def eval(self):
-        return self
-
-    def train(self, mode=True):
-        return self
-
-    def get_image_features(self, pixel_values):
-        return [self.records[pixels.numpy().tobytes()] for pixels in pixel_values]
-
-    def get_prompt_features(self, input_ids, attention_mask):
-        return torch.nn.functional.one_hot(input_ids[:, 0], self.width).float()
-
-    def _feature(self, present):
-        """The unit vectors of what is present (positive prompts) and what is not (negative prompts)."""
-        prompts = zip(PHANTOM_CLASSES, self.positive, self.negative, strict=True)
-        texts = [positive if name in present else negative for name, positive, negative in prompts]
-        return self.get_prompt_features(self.processor(text=texts)["input_ids"], None).sum(0)
-
-    def _look_up(self, record, text):
-        """Pixel boxes of a prompt, and the findings in its region."""
-        if text in self.anatomy:
-            index = self.anatomy[text]
-            present = {n for n, v in zip(PHANTOM_CLASSES, record["anatomy_labels"][index], strict=True) if v == 1}
-            return [record["anatomy_boxes"][index]] * self.regions, present
-        found = [item for item in record["objects"] if text in (item["phrase"], PHANTOM_CLASSES[item["category"]])]
-        return [item["bbox"] for item in found], {PHANTOM_CLASSES[item["category"]] for item in found}
-
-    def __call__(self, image_features, prompt_features, query_mask=None, use_post_decoder=None, clip_boxes=False):
-        count = len(image_features)
-        if prompt_features.ndim == 2:
-            prompt_features = prompt_features[None].expand(count, -1, -1)
-        queries = prompt_features.shape[1]
-        boxes = torch.zeros(count, queries, self.regions, 4)
-        scores = torch.zeros(count, queries, self.regions)
-        features = torch.zeros(count, queries, self.width)
-        for image, record in enumerate(image_features):
-            for query in range(queries):
-                known = prompt_features[image, query].nonzero()
-                if not len(known):
-                    continue
-                found, present = self._look_up(record, self.processor.texts[int(known[0])])
-                for region, box in enumerate(found):
-                    corner = torch.tensor(box, dtype=torch.float32) / SIZE
-                    boxes[image, query, region] = centre_boxes(corner.numpy(), self.device)
-                    boxes[image, query, region, :2] += self.shift
-                    scores[image, query, region] = float(not self.blind)
-                features[image, query] = self._feature(present)
-        return ChexOutput(
-            boxes=boxes[:, :, 0],
-            region_boxes=boxes,
-            region_scores=scores,
-            query_scores=scores.amax(-1),
-            query_features=features,
-            region_features=features[:, :, None].expand(-1, -1, self.regions, -1),
-            present=scores.amax(-1) > 0.5,
-        )
-
-    def encode_boxes(self, image_features, boxes, box_mask=None, use_post_decoder=None):
-        features = torch.zeros(*boxes.shape[:2], self.width)
-        for image, record in enumerate(image_features):
-            exact = torch.tensor(record["anatomy_boxes"]) / SIZE
-            for query in box_mask[image].nonzero()[:, 0].tolist():
-                distance = (exact - torch.tensor(corners(boxes[image, query]), dtype=torch.float32)).abs().amax(-1)
-                distance[~torch.tensor(record["anatomy_present"])] = 1.0
-                assert distance.min() < 1e-4
-                index = int(distance.argmin()) if distance[query] > 1e-4 else query
-                labels = record["anatomy_labels"][index]
-                features[image, query] = self._feature(
-                    {name for name, value in zip(PHANTOM_CLASSES, labels, strict=True) if value == 1}
-                )
-        return features
-
-    classify = staticmethod(ChexModel.classify)
-
-    def generate(self, query_features, query_mask, **kwargs):
-        """A sentence that names exactly the findings whose positive prompts are in the feature."""
-        ids = []
-        for feature in query_features[0]:
-            texts = [self.processor.texts[index] for index in feature.nonzero()[:, 0].tolist()]
-            said = ". ".join(text for text in texts if text in self.positive) or "The trachea is midline."
-            ids.append(int(self.processor(text=[said])["input_ids"][0]))
-        return torch.tensor(ids)[None, :, None]
-
-
-def oracle_metrics(data, image_processor, **options):
+def oracle_results(data, image_processor, tasks=ALL, **options):
     processor = OracleProcessor(image_processor)
     records = [record for split in ("validation", "test") for record in data[split]]
-    return evaluate_model(
-        Oracle(processor, records, **options), processor, data, batch_size=5, progress=False, baselines=False
-    )
+    settings = Options(resamples=0, optimize=True, batch_size=5, **QUIET)
+    return evaluate_model(Oracle(processor, records, **options), processor, data, tasks, options=settings)
 
 
-def test_oracle_is_perfect_on_every_task(data, image_processor):
-    metrics = oracle_metrics(data, image_processor)
-    for key in HEADLINES:
-        assert metrics[key] == pytest.approx(1.0, abs=1e-5), key
-    details = metrics["details"]
-    assert details["images"] == 24
-    assert details["finding_detection"]["map"] == pytest.approx(1.0)
-    assert details["sentence_grounding"]["map"] == pytest.approx(1.0)
-    assert details["finding_detection"]["settings"]["scales"] == (1.0,) * 8
-    assert details["anatomy_localization"]["count"] == sum(sum(row["anatomy_present"]) for row in data["test"])
-    assert details["region_description"]["f1_against_stored_labels"] == pytest.approx(1.0)
+@pytest.fixture(scope="module")
+def perfect(data, image_processor):
+    return oracle_results(data, image_processor)
+
+
+@pytest.mark.parametrize(
+    ("task", "metrics"),
+    [
+        ("anatomy_localization", ["miou"]),
+        ("od_vindr", ["map", "map10", "map30", "map50"]),
+        ("od_mscxr", ["map"]),
+        ("sg_mscxr", ["miou", "best_iou", "iou_at_30", "macro_iou", "map"]),
+        ("rc_mscxr", ["auroc", "accuracy", "mcc"]),
+        ("rc_cig", ["wauroc", "macro_auroc"]),
+        ("re_mscxr", ["micro_f1"]),
+        ("re_cig", ["micro_f1", "macro_f1"]),
+        ("rg_mimic", ["micro_f1", "macro_f1"]),
+    ],
+)
+def test_oracle_is_perfect_on_every_task(perfect, task, metrics):
+    for metric in metrics:
+        assert value(perfect, task, metric) == pytest.approx(1.0, abs=1e-5), metric
+    assert perfect["tasks"][task]["twin"]
+    assert perfect["tasks"][task]["images"] == 24
+
+
+def test_perfect_boxes_are_tuned_to_stay_as_they_are(perfect):
+    tuning = perfect["tasks"]["od_vindr"]["tuning"]
+    assert tuning["settings"]["scales"] == [1.0] * 8
+    assert tuning["origin"]["images"] == 8
+    assert [stage["stage"] for stage in tuning["stages"]] == ["scales", "score", "nms"]
+    assert perfect["tasks"]["rc_cig"]["tuning"] is None
+
+
+def test_envelope_of_all_boxes_joins_what_belongs_apart(perfect, data):
+    """The official fusion of NIH draws one box around both boxes of an edema."""
+    rows = {row["name"]: row for row in perfect["tasks"]["od_nih8"]["per_class"]}
+    edemas = [row for row in data["test"] if row["class_labels"][PHANTOM_CLASSES.index("Edema")]]
+    assert rows["Edema"]["positives"] == 2 * len(edemas)
+    assert rows["Edema"]["map"] < 0.9
+    assert rows["Cardiomegaly"]["map"] == pytest.approx(1.0)
 
 
 def test_shifted_boxes_lose_the_localisation_tasks_only(data, image_processor):
-    metrics = oracle_metrics(data, image_processor, shift=0.06)
-    assert 0.2 < metrics["anatomy_miou"] < 0.8
-    assert metrics["detection_map50"] < 0.9
-    assert metrics["grounding_miou"] < 0.9
-    assert metrics["region_auroc"] == pytest.approx(1.0)
-    assert metrics["description_f1"] == pytest.approx(1.0)
+    tasks = ["anatomy_localization", "od_vindr", "sg_mscxr", "rc_cig", "re_cig"]
+    results = oracle_results(data, image_processor, tasks, shift=0.06)
+    assert 0.2 < value(results, "anatomy_localization", "miou") < 0.8
+    assert value(results, "od_vindr", "map50") < 0.9
+    assert value(results, "sg_mscxr", "miou") < 0.9
+    assert value(results, "rc_cig", "wauroc") == pytest.approx(1.0)
+    assert value(results, "re_cig", "micro_f1") == pytest.approx(1.0)
 
 
 def test_low_scores_ground_nothing_but_still_localise(data, image_processor):
-    metrics = oracle_metrics(data, image_processor, blind=True)
-    assert metrics["grounding_miou"] == 0.0
-    assert metrics["anatomy_miou"] == pytest.approx(1.0, abs=1e-5)
-    assert metrics["details"]["anatomy_localization"]["miou_if_reported"] == 0.0
+    results = oracle_results(data, image_processor, ["anatomy_localization", "sg_mscxr"], blind=True)
+    assert value(results, "sg_mscxr", "miou") == 0.0
+    assert value(results, "anatomy_localization", "miou") == pytest.approx(1.0, abs=1e-5)
+    assert results["tasks"]["anatomy_localization"]["miou_if_reported"] == 0.0
 
 
 # -- frames and targets -----------------------------------------------------------------------------------------------
@@ -301,31 +192,6 @@ def test_envelope_and_top1():
     assert sorted(both["scores"]) == pytest.approx(sorted([0.4 / (1 + np.exp(-2)), 0.8 / (1 + np.exp(2))]))
 
 
-def test_tuning_finds_score_and_scale_and_leaves_hopeless_classes_alone():
-    rng = np.random.default_rng(0)
-    images, classes, regions = 30, 3, 2
-    targets = rng.uniform(0.1, 0.5, (images, 2))
-    boxes = np.zeros((images, classes, regions, 4))
-    boxes[..., :2] = targets[:, None, None]
-    boxes[..., 2:] = targets[:, None, None] + 0.4
-    boxes[:, :, 1] = [0.0, 0.0, 0.05, 0.05]
-    # Class 0 boxes have half the side they should; region scores are noise, margins tell which region is right.
-    boxes[:, 0, 0] += [0.1, 0.1, -0.1, -0.1]
-    margins = np.stack([np.full((images, classes), 0.5), np.full((images, classes), -0.5)], axis=-1)
-    candidates = Candidates(boxes, rng.random((images, classes, regions)) * 1e-3, margins)
-    references = [
-        {"boxes": np.array([[*corner, *(corner + 0.4)]] * 2), "labels": np.array([0, 1])} for corner in targets
-    ]
-    settings, log = tune_detection(candidates, references, classes)
-    assert settings.score in ("prompts", "product")
-    assert settings.scales[0] > 1.2
-    assert settings.scales[1:] == (1.0, 1.0)
-    assert log["scales"] >= log["merge"] >= log["score"]
-    tuned = detection_map(post_process(candidates, settings), references, classes)["map50"]
-    assert tuned == pytest.approx(log["scales"])
-    assert tuned > detection_map(post_process(candidates, DetectionSettings()), references, classes)["map50"]
-
-
 def test_deduplication_rules():
     def similar(size, pairs):
         matrix = np.full((size, size), 0.5)
@@ -395,30 +261,6 @@ def test_linear_probe_finds_what_is_linear_and_nothing_else(data, image_processo
 # -- a tiny model, end to end -----------------------------------------------------------------------------------------
 
 
-def tiny_model(data, image_processor, generator=True):
-    texts = [text for row in data["train"].remove_columns("image") for text in row["sentences"]]
-    tokenizer, generator_tokenizer = build_tokenizers(texts, 600, 400)
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    encoder = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    part = {"num_attention_heads": 2, "intermediate_size": 64, "num_layers": 1}
-    end = generator_tokenizer.eos_token_id
-    config = ChexConfig(
-        vision_config=encoder | {"image_size": SIZE, "patch_size": 16},
-        text_config=encoder | ids | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id},
-        detector_config=part,
-        post_decoder_config=part if generator else None,
-        generator_config={
-            **{"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 48, "prefix_hidden_size": 32},
-            **{"vocab_size": len(generator_tokenizer), "bos_token_id": end, "eos_token_id": end},
-        }
-        if generator
-        else None,
-        projection_dim=32,
-    )
-    torch.manual_seed(0)
-    return ChexModel(config), ChexProcessor(image_processor, tokenizer, generator_tokenizer if generator else None)
-
-
 @pytest.fixture(scope="module")
 def tiny(data, image_processor):
     return tiny_model(data, image_processor)
@@ -427,42 +269,60 @@ def tiny(data, image_processor):
 def test_random_model_runs_through_and_repeats(data, tiny):
     model, processor = tiny
     model.train()
-    first, second = (evaluate_model(model, processor, data, batch_size=size, progress=False) for size in (7, 24))
+    first, second = (
+        evaluate_model(model, processor, data, ALL, options=Options(resamples=20, batch_size=size, **QUIET))
+        for size in (7, 24)
+    )
     assert model.training
-    for metrics in (first, second):
-        json.dumps(metrics, allow_nan=False)
-        for key in HEADLINES:
-            assert 0.0 <= metrics[key] <= 1.0
-            assert 0.0 <= metrics["baselines"][key] <= 1.0
-    # Images are independent of each other, so the batch size does not matter.
-    assert [first[key] for key in HEADLINES] == pytest.approx([second[key] for key in HEADLINES], abs=1e-3)
-    assert first["baselines"] == second["baselines"]
-    assert first["details"]["finding_detection"]["tuning"]["validation_images"] == 8
-    assert first["details"]["seconds"]["total"] > 0
-    assert "baseline" in format_table(first).splitlines()[0]
+    json.dumps(first, allow_nan=False)
+    assert set(first["tasks"]) == set(ALL)
+    for name, task in first["tasks"].items():
+        headline = task["metrics"][task["headline"]]
+        assert 0.0 <= headline["low"] <= headline["high"] <= 1.0
+        assert headline["std"] >= 0
+        # Images are independent of each other, so the batch size does not matter.
+        other = second["tasks"][name]["metrics"][task["headline"]]
+        assert headline["value"] == pytest.approx(other["value"], abs=1e-3)
+    assert "official" in first["tasks"]["od_vindr"]["metrics"]["map"]
+    assert first["tasks"]["re_cig"]["texts"] == second["tasks"]["re_cig"]["texts"]
 
 
-def test_limit_tasks_and_draw_of_normal_regions(data, tiny):
+def test_headline_numbers_of_the_demo(data, tiny):
     model, processor = tiny
-    options = {"limit": 6, "tasks": ["region_description"], "baselines": False, "progress": False}
-    everything = evaluate_model(model, processor, data, **options)
-    drawn = [evaluate_model(model, processor, data, max_normal=1.0, seed=4, **options) for _ in range(2)]
-    assert everything["anatomy_miou"] is None
-    assert "baselines" not in everything
-    counts = [m["details"]["region_description"]["count"] for m in (everything, drawn[0])]
-    abnormal = everything["details"]["region_description"]["abnormal_regions"]
-    assert counts[0] > counts[1] >= abnormal
-    assert drawn[0]["details"]["region_description"] == drawn[1]["details"]["region_description"]
+    results = evaluate_model(model, processor, data, ALL)
+    metrics = headline_metrics(
+        results, *score_baselines(data["train"], data["test"], processor.image_processor, PHANTOM_CLASSES, label_text)
+    )
+    json.dumps(metrics, allow_nan=False)
+    for key, (task, metric) in HEADLINES.items():
+        assert metrics[key] == value(results, task, metric)
+        assert 0.0 <= metrics["baselines"][key] <= 1.0
+    assert set(metrics["details"]["finding_detection"]["per_class"]) == set(PHANTOM_CLASSES)
+    lines = format_table(metrics).splitlines()
+    assert len(lines) == 7
+    assert "baseline" in lines[0]
+
+
+def test_limit_and_free_tasks(data, tiny):
+    model, processor = tiny
+    options = Options(resamples=0, limit=6, **QUIET)
+    results = evaluate_model(model, processor, data, ["region_description", "finding_detection"], options=options)
+    assert results["tasks"]["finding_detection"]["images"] == 6
+    expected = [
+        targets.described_regions().sum() for targets in iterate_targets(data["test"], processor.image_processor)
+    ]
+    assert results["tasks"]["region_description"]["texts"] == sum(expected[:6])
+    assert results["tasks"]["finding_detection"]["headline"] == "map50"
 
 
 def test_model_without_generator_skips_the_text_tasks_visibly(data, image_processor):
     model, processor = tiny_model(data, image_processor, generator=False)
-    metrics = evaluate_model(model, processor, data, limit=5, progress=False)
-    assert metrics["description_f1"] is None
-    assert metrics["report_f1"] is None
-    assert metrics["region_auroc"] is not None
-    assert set(metrics["details"]["skipped"]) == {"region_description", "report_generation"}
-    assert "no sentence generator" in metrics["details"]["skipped"]["report_generation"]
+    results = evaluate_model(model, processor, data, options=Options(resamples=0, limit=5, **QUIET))
+    assert set(results["skipped"]) == {"box_description", "region_description", "report_generation"}
+    assert "no sentence generator" in results["skipped"]["report_generation"]
+    assert value(results, "region_classification", "wauroc") is not None
+    with pytest.raises(NothingToRun, match="report_generation: the model has no sentence generator"):
+        evaluate_model(model, processor, data, ["report_generation"])
     explanations, detections = explain_examples(model, processor, data["test"], [0], label_text)
     assert explanations == []
     assert len(detections) == 1
@@ -470,34 +330,17 @@ def test_model_without_generator_skips_the_text_tasks_visibly(data, image_proces
 
 def test_wrong_arguments_are_explained(data, tiny):
     model, processor = tiny
-    with pytest.raises(ValueError, match="no split 'holdout'.*train, validation, test"):
+    with pytest.raises(ValueError, match="split 'holdout' of phantom is not there.*train .40 images., validation"):
         evaluate_model(model, processor, data, split="holdout")
-    with pytest.raises(ValueError, match="Unknown task flying.*anatomy_localization"):
+    with pytest.raises(ValueError, match="Unknown task 'flying'"):
         evaluate_model(model, processor, data, tasks=["flying"])
     with pytest.raises(ValueError, match="`limit` is 0"):
-        evaluate_model(model, processor, data, limit=0)
-
-
-def test_command_line(data, tiny, tmp_path, capsys):
-    model, processor = tiny
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    data.save_to_disk(tmp_path / "data")
-    output = tmp_path / "results" / "metrics.json"
-    arguments = ["--model", str(tmp_path / "model"), "--data-dir", str(tmp_path / "data"), "--limit", "4"]
-    assert main([*arguments, "--output", str(output)]) == 0
-    metrics = json.loads(output.read_text(encoding="utf-8"))
-    assert set(metrics) == {*HEADLINES, "baselines", "details"}
-    assert metrics["details"]["images"] == 4
-    assert "anatomy localisation" in capsys.readouterr().out
-    assert [path.name for path in output.parent.iterdir()] == ["metrics.json"]
-
-    assert main(["--model", str(tmp_path / "none"), *arguments[2:], "--output", str(output)]) == 2
-    assert "`--model`" in capsys.readouterr().err
-    assert main([*arguments[:2], "--data-dir", str(tmp_path / "model"), "--output", str(output)]) == 2
-    assert "holds no data set" in capsys.readouterr().err
-    assert main([*arguments, "--split", "holdout", "--output", str(output)]) == 2
-    assert "holdout" in capsys.readouterr().err
+        Options(limit=0)
+    with pytest.raises(ValueError, match="split 'test' of phantom is empty"):
+        evaluate_model(model, processor, datasets.DatasetDict(test=data["test"].select([])))
+    twice = datasets.DatasetDict(test=data["test"].select([0, 1, 0]))
+    with pytest.raises(ValueError, match="'phantom-3-00002000' is twice in the split 'test'"):
+        evaluate_model(model, processor, twice)
 
 
 def test_builder_cache_is_opened(tmp_path):
@@ -506,17 +349,19 @@ def test_builder_cache_is_opened(tmp_path):
     counts = {"num_train": 3, "num_validation": 0, "num_test": 2}
     builder = PhantomChestXray(cache_dir=str(tmp_path / "cache"), image_size=SIZE, **counts)
     builder.download_and_prepare()
-    opened = load_data(tmp_path / "cache")
+    opened = open_data(tmp_path / "cache")
     assert {name: len(split) for name, split in opened.items()} == {"train": 3, "test": 2}
     assert opened["test"][1]["sample_id"] == builder.as_dataset(split="test")[1]["sample_id"]
+    with pytest.raises(ValueError, match="holds no data set"):
+        open_data(tmp_path / "cache" / "nothing")
 
 
 def test_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "metrics.json"
-    write_json(path, {"value": 1})
-    with pytest.raises(ValueError, match="JSON"):
-        write_json(path, {"value": float("nan")})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"value": 1}
+    path = write_text(tmp_path / "metrics.json", "old")
+    with pytest.raises(TypeError):
+        write_text(path, None)
+    assert path.read_text(encoding="utf-8") == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------

@@ -1,32 +1,22 @@
-"""What all tasks share: the model with cached prompts, batches of encoded images, and sentence generation."""
+"""What all procedures share: the model with cached prompts, images encoded once, and sentence generation."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from processing_chex.prompt_sets import PromptSet, anatomy_prompts
 from processing_chex.vocabulary import ANATOMY_NAMES
 
-from .records import Targets, read_targets
+from .records import Targets
 
 
-Labeler = Callable[[str], Mapping[str, int]]
 PROMPT_CHUNK = 256
-
-
-@dataclass
-class Batch:
-    """Images encoded once for all tasks: `image_features` of B images and their targets."""
-
-    image_features: Any
-    targets: list[Targets]
+MAX_CACHED_TEXTS = 20_000
 
 
 @dataclass
@@ -36,21 +26,13 @@ class EvaluationContext:
     Attributes:
         model: `ChexModel` in evaluation mode (or anything with its interface).
         processor: `ChexProcessor` that belongs to it.
-        prompts: prompts of the finding classes.
-        labeler: text -> {finding: 1 / 0 / -1}; needed by the text tasks.
         generation_batch: sentences generated together.
-        generation_kwargs: arguments of `model.generate`.
-        progress: whether to show progress bars.
         seconds: time spent per part, filled while running.
     """
 
     model: Any
     processor: Any
-    prompts: PromptSet
-    labeler: Labeler | None = None
     generation_batch: int = 512
-    generation_kwargs: dict = field(default_factory=lambda: {"max_length": 33, "do_sample": False, "num_beams": 1})
-    progress: bool = True
     seconds: dict[str, float] = field(default_factory=dict)
     _features: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -66,6 +48,11 @@ class EvaluationContext:
     def has_post_decoder(self) -> bool:
         return self.model.config.post_decoder_config is not None
 
+    @property
+    def independent_queries(self) -> bool:
+        """Whether the feature of a box does not depend on the other boxes of its image."""
+        return getattr(self.model.config, "attention_mode", "grouped") == "grouped"
+
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Adds the time spent inside to `seconds[name]`."""
@@ -76,7 +63,9 @@ class EvaluationContext:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def text_features(self, texts: Sequence[str]) -> torch.Tensor:
-        """Prompt features (Q, D), not normalised; every distinct text is encoded once per evaluation."""
+        """Prompt features (Q, D), not normalised; each text is encoded once, as long as there is room."""
+        if len(self._features) > MAX_CACHED_TEXTS:  # generated sentences without end would fill the memory
+            self._features.clear()
         missing = [text for text in dict.fromkeys(texts) if text not in self._features]
         for start in range(0, len(missing), PROMPT_CHUNK):
             chunk = missing[start : start + PROMPT_CHUNK]
@@ -95,72 +84,67 @@ class EvaluationContext:
         """(A, D) features of the anatomy prompts."""
         return self.ensemble_features(anatomy_prompts(synonyms=False), names)
 
-    def class_features(self, kind: str) -> torch.Tensor:
-        """(C, D) features of the `positive`, `negative` or `box` prompts of the finding classes."""
-        return self.ensemble_features(getattr(self.prompts, kind), self.prompts.names)
+    def class_features(self, prompts: PromptSet, kind: str) -> torch.Tensor:
+        """(C, D) features of the `positive`, `negative` or `box` prompts of finding classes."""
+        return self.ensemble_features(getattr(prompts, kind), prompts.names)
 
-    def batches(self, dataset: datasets.Dataset, batch_size: int, name: str) -> Iterator[Batch]:
-        """Reads, preprocesses and encodes a split, in order."""
-        bar = tqdm(total=len(dataset), desc=name, unit="image", disable=not self.progress, leave=False)
-        with bar:
-            for start in range(0, len(dataset), batch_size):
-                with self.timed("images"):
-                    records = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-                    inputs = self.processor(images=[record["image"] for record in records], return_tensors="pt")
-                    # boxes are in pixels of the original image, of which the record may hold a smaller copy
-                    frame = self.processor.image_processor.frame
-                    frames = [frame(record["height"], record["width"]) for record in records]
-                    targets = [read_targets(r, frame) for r, frame in zip(records, frames, strict=True)]
-                    image_features = self.model.get_image_features(inputs["pixel_values"].to(self.device))
-                yield Batch(image_features, targets)
-                bar.update(len(records))
-
-    def generate(self, features: torch.Tensor, name: str) -> list[str]:
+    def generate(self, features: torch.Tensor, **generation: Any) -> list[str]:
         """One sentence for each of the features (n, D), in flat padded batches."""
         texts: list[str] = []
-        bar = tqdm(total=len(features), desc=name, unit="sentence", disable=not self.progress, leave=False)
-        with bar:
-            for chunk in features.split(self.generation_batch):
-                mask = torch.ones(1, len(chunk), dtype=torch.bool, device=chunk.device)
-                ids = self.model.generate(query_features=chunk[None], query_mask=mask, **self.generation_kwargs)
-                texts += self.processor.decode_sentences(ids)[0]
-                bar.update(len(chunk))
+        for chunk in features.split(self.generation_batch):
+            if not len(chunk):
+                continue
+            mask = torch.ones(1, len(chunk), dtype=torch.bool, device=chunk.device)
+            ids = self.model.generate(query_features=chunk[None], query_mask=mask, **generation)
+            texts += self.processor.decode_sentences(ids)[0]
         return texts
 
-    def label(self, text: str) -> Mapping[str, int]:
-        """Findings stated in a text.
 
-        Raises:
-            ValueError: if the evaluation has no labeller.
-        """
-        if self.labeler is None:
-            raise ValueError("Text tasks need a labeller: pass `labeler`, a function text -> {finding: 1/0/-1}.")
-        return self.labeler(text)
+@dataclass
+class Batch:
+    """Images encoded once for all procedures: `image_features` of B images and their targets.
 
-
-class Task:
-    """One task: `update` on every batch, then `compute`.
-
-    Attributes:
-        name: key of the task in the results.
-        headline: key of its main number in the top level of the results.
-        needs_text: whether it needs a sentence generator and a labeller.
+    Features of annotated boxes are computed when first asked for and then shared.
     """
 
-    name: str
-    headline: str
-    needs_text: bool = False
+    context: EvaluationContext
+    image_features: Any
+    targets: list[Targets]
+    _regions: torch.Tensor | None = None
+    _objects: tuple[torch.Tensor, np.ndarray] | None = None
 
-    def __init__(self, context: EvaluationContext):
-        self.context = context
+    def encode(self, boxes: np.ndarray, mask: np.ndarray) -> torch.Tensor:
+        """Features (B, M, D), after the post decoder, of boxes (B, M, 4) xyxy where `mask` (B, M)."""
+        context = self.context
+        return context.model.encode_boxes(
+            self.image_features,
+            centre_boxes(boxes, context.device),
+            box_mask=torch.from_numpy(mask).to(context.device),
+            use_post_decoder=context.has_post_decoder,
+        )
 
-    def update(self, batch: Batch) -> None:
-        """Predicts for one batch and keeps what the score needs."""
-        raise NotImplementedError
+    def region_features(self) -> torch.Tensor:
+        """(B, A, D) features of the regions that are present."""
+        if self._regions is None:
+            self._regions = self.encode(
+                np.stack([target.anatomy_boxes for target in self.targets]),
+                np.stack([target.anatomy_present for target in self.targets]),
+            )
+        return self._regions
 
-    def compute(self) -> dict:
-        """Plain dict (ready for JSON) with the headline under "value" and everything else worth keeping."""
-        raise NotImplementedError
+    def object_features(self) -> tuple[torch.Tensor, np.ndarray]:
+        """(B, M, D) features of the finding boxes, M the most in one image, and which are valid (B, M)."""
+        if self._objects is None:
+            counts = np.array([len(target.object_boxes) for target in self.targets])
+            width = int(counts.max(initial=0))
+            mask = np.arange(width)[None] < counts[:, None]
+            boxes = np.zeros((*mask.shape, 4))
+            for row, target in zip(boxes, self.targets, strict=True):
+                row[: len(target.object_boxes)] = target.object_boxes
+            dimension = self.context.model.config.projection_dim
+            features = self.encode(boxes, mask) if width else torch.zeros(len(counts), 0, dimension)
+            self._objects = (features, mask)
+        return self._objects
 
 
 def corners(boxes: torch.Tensor) -> np.ndarray:

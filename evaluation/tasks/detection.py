@@ -1,24 +1,20 @@
-"""Finding detection: one prompt per class, each of its R boxes is a candidate of that class.
+"""
+Post-processing of detections, and how it is tuned.
 
-The score of a candidate is its region score, the probability of the class read from its feature, or their product;
-boxes may be rescaled per class, and duplicates are merged. Which of these to use is fitted on a validation split, one
-choice after the other: score, merging, box scale. Unlike in the official code, ties keep the more neutral choice, so a
-class that is never found keeps its boxes as they are.
+Each of the R boxes of a class prompt is a candidate of that class. Its score is its region score, the probability of
+the class read from its feature, or their product; boxes may be rescaled per class, and duplicates are merged
+(arXiv 2404.15770, object detection). No score threshold is applied.
 """
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from evaluation.metrics.detection_map.detection_map import detection_map
 
-from .base import Batch, EvaluationContext, Task, corners
-
-
-TEMPERATURES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
-NMS_THRESHOLDS = (0.25, 0.05, 0.1, 0.5)
-SCALES = (1.0, 0.9, 1.1, 0.8, 1.2, 1.3, 1.5)
-MERGES = ("nms", "top1", "envelope")
+SCALES = (0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 2.0)
+TEMPERATURES = tuple(round(0.05 * step, 2) for step in range(1, 10))
+NMS_THRESHOLDS = (0.05, 0.1, 0.25, 0.5)
 
 
 @dataclass(frozen=True)
@@ -110,102 +106,88 @@ def post_process(candidates: Candidates, settings: DetectionSettings) -> list[di
     ]
 
 
-def tune_detection(candidates: Candidates, references: list[dict], num_classes: int) -> tuple[DetectionSettings, dict]:
-    """Settings with the highest mAP@0.5 on a validation split, and a log of the values reached after each stage."""
+def best_candidate(values: Sequence[float], neutral: int, official: bool) -> int:
+    """
+    The candidate with the highest value. Of equal ones the `neutral` candidate is taken, or else the first; the
+    official code takes the last, which for a class that is never found doubles the boxes (its factors end with 2.0).
+    """
+    best = max(values)
+    tied = [index for index, value in enumerate(values) if value == best]
+    if official:
+        return tied[-1]
+    return neutral if neutral in tied else tied[0]
+
+
+def tune_detection(
+    candidates: Candidates,
+    references: Sequence[dict],
+    num_classes: int,
+    start: DetectionSettings,
+    official: bool = False,
+) -> tuple[DetectionSettings, list[dict]]:
+    """
+    The greedy stages of the paper's `optimize_inference` on a validation split, each for the highest mAP: box factor
+    of each class, kind of score and its temperature, NMS threshold (where boxes are merged by NMS).
+
+    Args:
+        candidates: Raw detections of the validation split.
+        references: Its targets, as for `detection_map`.
+        num_classes: Number of classes.
+        start: Settings to begin with, which also count as candidates.
+        official: Leave `start` out of the candidates and take the last of equal ones, as the official code does.
+
+    Returns:
+        Settings, and for each stage its name, the mAP of every candidate, and what was chosen.
+    """
+
+    from evaluation.metrics.detection_map.detection_map import detection_map  # takes seconds to import
 
     def score(settings: DetectionSettings) -> dict:
-        return detection_map(post_process(candidates, settings), references, num_classes, iou_thresholds=(0.5,))
+        return detection_map(post_process(candidates, settings), references, num_classes, official=official)
 
-    def best(options: list[DetectionSettings]) -> tuple[DetectionSettings, float]:
-        values = [score(settings)["map50"] or 0.0 for settings in options]
-        index = int(np.argmax(values))
-        return options[index], values[index]
-
-    start = DetectionSettings()
-    products = [replace(start, temperature=t) for t in TEMPERATURES if t != start.temperature]
-    chosen, value = best([start, *products, replace(start, score="weights"), replace(start, score="prompts")])
-    log = {"score": value}
-    options = [chosen, *(replace(chosen, nms_threshold=t) for t in NMS_THRESHOLDS if t != chosen.nms_threshold)]
-    chosen, value = best([*options, *(replace(chosen, merge=merge) for merge in MERGES if merge != chosen.merge)])
-    log["merge"] = value
-
-    # Classes do not interact, so one evaluation per factor tells the best factor of every class.
-    table = np.array(
-        [
-            [entry["ap50"] or 0.0 for entry in score(replace(chosen, scales=(factor,) * num_classes))["per_class"]]
-            for factor in SCALES
-        ]
-    )
-    scaled = replace(chosen, scales=tuple(SCALES[index] for index in table.argmax(0)))
-    log["scales"] = score(scaled)["map50"] or 0.0
-    return scaled, log
-
-
-class FindingDetection(Task):
-    """mAP@0.5 of the finding classes over all candidates, without a score threshold; the post decoder is off."""
-
-    name = "finding_detection"
-    headline = "detection_map50"
-
-    def __init__(self, context: EvaluationContext):
-        super().__init__(context)
-        self.settings = DetectionSettings()
-        self.tuning: dict | None = None
-        self._prompts = context.class_features("box")
-        self._positive = context.class_features("positive")
-        self._negative = context.class_features("negative")
-        self._candidates: list[Candidates] = []
-        self.references: list[dict] = []
-
-    def update(self, batch: Batch) -> None:
-        model = self.context.model
-        output = model(
-            image_features=batch.image_features,
-            prompt_features=self._prompts,
-            use_post_decoder=False,
-            clip_boxes=True,
-        )
-        # (C, 1, 1, D) makes each class read its own candidates (B, C, R, D) only.
-        probability = model.classify(
-            output.region_features, self._positive[:, None, None], self._negative[:, None, None]
-        ).squeeze(-1)
-        self._candidates.append(
-            Candidates(
-                boxes=corners(output.region_boxes),
-                weights=output.region_scores.double().cpu().numpy(),
-                margins=probability.double().logit(eps=1e-9).cpu().numpy(),
-            )
-        )
-        self.references += [{"boxes": t.object_boxes, "labels": t.object_labels} for t in batch.targets]
-
-    def candidates(self) -> Candidates:
-        """All candidates collected so far."""
-        return Candidates(
-            *(np.concatenate([getattr(c, part) for c in self._candidates]) for part in ("boxes", "weights", "margins"))
-        )
-
-    def tune(self) -> tuple[DetectionSettings, dict]:
-        """Fit the settings on what was collected (call it on a validation split)."""
-        return tune_detection(self.candidates(), self.references, len(self.context.prompts.names))
-
-    def detections(self) -> list[dict]:
-        """Post-processed detections per image."""
-        return post_process(self.candidates(), self.settings)
-
-    def compute(self) -> dict:
-        names = self.context.prompts.names
-        scores = detection_map(self.detections(), self.references, len(names))
-        official = detection_map(self.detections(), self.references, len(names), official=True)
-        untuned = post_process(self.candidates(), DetectionSettings())
-        return {
-            "value": scores["map50"],
-            "map": scores["map"],
-            "map10": scores["map10"],
-            "map30": scores["map30"],
-            "official_map": official["map"],
-            "untuned_map50": detection_map(untuned, self.references, len(names), iou_thresholds=(0.5,))["map50"],
-            "per_class": dict(zip(names, scores["per_class"], strict=True)),
-            "classes_defined": scores["classes_defined"],
-            "settings": asdict(self.settings),
-            "tuning": self.tuning,
+    # Classes do not interact, so that one evaluation per factor tells the best factor of every class.
+    results = [score(replace(start, scales=(factor,) * num_classes)) for factor in SCALES]
+    table = np.array([[entry["ap"] or 0.0 for entry in result["per_class"]] for result in results])
+    neutral = SCALES.index(1.0)
+    scales = tuple(SCALES[best_candidate(column, neutral, official)] for column in table.T)
+    chosen = replace(start, scales=scales)
+    log = [
+        {
+            "stage": "scales",
+            "candidates": {f"{factor:g}": result["map"] for factor, result in zip(SCALES, results, strict=True)},
+            "chosen": list(scales),
         }
+    ]
+
+    def stage(name: str, options: dict[str, DetectionSettings], current: str) -> None:
+        nonlocal chosen
+        values = {label: score(option)["map"] for label, option in options.items()}
+        labels = list(options)
+        index = labels.index(current) if current in labels else 0
+        label = labels[best_candidate([value or 0.0 for value in values.values()], index, official)]
+        chosen = options[label]
+        log.append({"stage": name, "candidates": values, "chosen": label})
+
+    def label_of(settings: DetectionSettings) -> str:
+        return "weights" if settings.score == "weights" else f"{settings.score} T={settings.temperature:g}"
+
+    kinds = [replace(chosen, score="weights"), replace(chosen, score="prompts", temperature=1.0)]
+    kinds += [replace(chosen, score="product", temperature=temperature) for temperature in TEMPERATURES]
+    if not official:
+        kinds = [chosen, *kinds]
+    stage("score", {label_of(option): option for option in kinds}, label_of(chosen))
+    if chosen.merge == "nms":
+        options = {f"{threshold:g}": replace(chosen, nms_threshold=threshold) for threshold in NMS_THRESHOLDS}
+        stage("nms", options, f"{chosen.nms_threshold:g}")
+    return chosen, log
+
+
+__all__ = [
+    "Candidates",
+    "DetectionSettings",
+    "best_candidate",
+    "keep_after_nms",
+    "post_process",
+    "scale_boxes",
+    "tune_detection",
+]

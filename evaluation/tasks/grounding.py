@@ -1,18 +1,11 @@
-"""Sentence grounding: a phrase of the report as prompt, the boxes whose region score passes a threshold as answer."""
+"""Post-processing of grounded sentences, and how it is tuned (arXiv 2404.15770, sentence grounding)."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
-from evaluation.metrics.grounding_iou.grounding_iou import grounding_iou
-
-from .base import Batch, EvaluationContext, Task, corners
-from .detection import keep_after_nms, scale_boxes
-
-
-SCALES = (1.0, 0.9, 1.1, 0.8, 1.2, 1.3)
-NMS_THRESHOLDS = (0.25, 0.05, 0.1, 0.5)
+from .detection import NMS_THRESHOLDS, SCALES, best_candidate, keep_after_nms, scale_boxes
 
 
 @dataclass(frozen=True)
@@ -23,8 +16,8 @@ class GroundingSettings:
     scale: float = 1.0
 
 
-def post_process(boxes: np.ndarray, scores: np.ndarray, settings: GroundingSettings) -> list[dict]:
-    """Answers of P phrases: boxes (P, R, 4), scores (P, R) -> boxes (n, 4) and scores (n,) of each."""
+def post_process_grounding(boxes: np.ndarray, scores: np.ndarray, settings: GroundingSettings) -> list[dict]:
+    """Answers of P phrases: boxes (P, R, 4) xyxy in [0, 1], scores (P, R) -> boxes (n, 4) and scores (n,) of each."""
     if not len(boxes):
         return []
     boxes = scale_boxes(boxes, np.full((1, 1, 1), settings.scale))
@@ -32,75 +25,51 @@ def post_process(boxes: np.ndarray, scores: np.ndarray, settings: GroundingSetti
     return [{"boxes": b[k], "scores": s[k]} for b, s, k in zip(boxes, scores, keep, strict=True)]
 
 
-class SentenceGrounding(Task):
-    """mIoU of unions of boxes (micro over the phrases, mean over score thresholds 0.1 to 0.5), and mAP.
-
-    Prompts are the distinct phrases annotated with boxes, in sorted order per image; the post decoder is off.
+def tune_grounding(
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    references: Sequence[np.ndarray],
+    start: GroundingSettings,
+    official: bool = False,
+) -> tuple[GroundingSettings, list[dict]]:
     """
+    Fit box factor, then NMS threshold, to the highest mAP on a validation split.
 
-    name = "sentence_grounding"
-    headline = "grounding_miou"
+    Args:
+        boxes, scores: (P, R, 4) and (P, R), raw answers to P phrases.
+        references: Boxes (k, 4) of each phrase.
+        start: Settings to begin with.
+        official: The official code takes the last of equal candidates, and scores all NMS thresholds with that of
+            `start`, so that they are equal and 0.5 always wins.
 
-    def __init__(self, context: EvaluationContext):
-        super().__init__(context)
-        self.settings = GroundingSettings()
-        self.tuning: dict | None = None
-        self._boxes: list[np.ndarray] = []
-        self._scores: list[np.ndarray] = []
-        self.references: list[dict] = []
-        self.phrases: list[tuple[str, str]] = []
+    Returns:
+        Settings, and for each stage its name, the mAP of every candidate, and what was chosen.
+    """
+    from evaluation.metrics.detection_map.detection_map import detection_map  # takes seconds to import
 
-    def update(self, batch: Batch) -> None:
-        grounded = [target.grounded_phrases() for target in batch.targets]
-        width = max(map(len, grounded), default=0)
-        if not width:
-            return
-        features = self.context.text_features([phrase for phrases in grounded for phrase in phrases])
-        mask = torch.tensor([[q < len(phrases) for q in range(width)] for phrases in grounded], device=features.device)
-        prompts = features.new_zeros(*mask.shape, features.shape[-1])
-        prompts[mask] = features
-        output = self.context.model(
-            image_features=batch.image_features,
-            prompt_features=prompts,
-            query_mask=mask,
-            use_post_decoder=False,
-            clip_boxes=True,
+    targets = [{"boxes": b, "labels": np.zeros(len(b), dtype=np.int64)} for b in references]
+
+    def score(settings: GroundingSettings) -> float:
+        answers = post_process_grounding(boxes, scores, settings)
+        found = [{**answer, "labels": np.zeros(len(answer["scores"]), dtype=np.int64)} for answer in answers]
+        return detection_map(found, targets, num_classes=1)["map"] or 0.0
+
+    chosen, log = start, []
+    for name, grid in (("scale", SCALES), ("nms_threshold", NMS_THRESHOLDS)):
+        options = [replace(chosen, **{name: value}) for value in grid]
+        ignored = official and name == "nms_threshold"
+        values = [score(chosen)] * len(options) if ignored else [score(option) for option in options]
+        current = getattr(chosen, name)
+        neutral = grid.index(current) if current in grid else 0
+        chosen = options[best_candidate(values, neutral, official)]
+        log.append(
+            {
+                "stage": "nms" if name == "nms_threshold" else name,
+                "candidates": {f"{value:g}": found for value, found in zip(grid, values, strict=True)},
+                "chosen": getattr(chosen, name),
+            }
         )
-        self._boxes.append(corners(output.region_boxes[mask]))
-        self._scores.append(output.region_scores[mask].double().cpu().numpy())
-        for target, phrases in zip(batch.targets, grounded, strict=True):
-            self.references += [{"boxes": boxes} for boxes in phrases.values()]
-            self.phrases += [(target.sample_id, phrase) for phrase in phrases]
+    return chosen, log
 
-    def _answers(self, settings: GroundingSettings) -> list[dict]:
-        if not self._boxes:
-            return []
-        return post_process(np.concatenate(self._boxes), np.concatenate(self._scores), settings)
 
-    def tune(self) -> tuple[GroundingSettings, dict]:
-        """Fit scale, then NMS, to the highest mIoU on what was collected (call it on a validation split)."""
-
-        def best(options: list[GroundingSettings]) -> tuple[GroundingSettings, float]:
-            values = [
-                grounding_iou(self._answers(option), self.references, with_map=False)["miou"] or 0.0
-                for option in options
-            ]
-            index = int(np.argmax(values))
-            return options[index], values[index]
-
-        chosen, scale_value = best([GroundingSettings(scale=scale) for scale in SCALES])
-        chosen, value = best([GroundingSettings(threshold, chosen.scale) for threshold in NMS_THRESHOLDS])
-        return chosen, {"scale": scale_value, "nms": value}
-
-    def compute(self) -> dict:
-        answers = self._answers(self.settings)
-        scores = grounding_iou(answers, self.references)
-        untuned = grounding_iou(self._answers(GroundingSettings()), self.references, with_map=False)
-        return {
-            "value": scores["miou"],
-            **{key: scores[key] for key in ("best_iou", "macro_iou", "iou_at", "map", "map50", "count")},
-            "miou_grid_1024": grounding_iou(answers, self.references, grid=1024, with_map=False)["miou"],
-            "untuned_miou": untuned["miou"],
-            "settings": asdict(self.settings),
-            "tuning": self.tuning,
-        }
+__all__ = ["GroundingSettings", "post_process_grounding", "tune_grounding"]
