@@ -17,11 +17,13 @@ NUM_COLOURS = 8
 NEUTRAL = "n"
 
 
-def png_data_uri(image: np.ndarray | Image.Image, max_side: int = 768) -> str:
-    """An image as `data:` URI of a PNG; larger ones are reduced to `max_side` pixels.
+def image_data_uri(image: np.ndarray | Image.Image, max_side: int = 768, lossy: bool = False) -> str:
+    """An image as `data:` URI of a PNG, or of a much smaller JPEG; larger ones are reduced to `max_side` pixels.
 
     Args:
         image: PIL image, or (H, W) or (H, W, 3) array: uint8, or anything else, which is stretched to its own range.
+        max_side: greatest side in pixels.
+        lossy: JPEG instead of PNG.
     """
     if not isinstance(image, Image.Image):
         array = np.asarray(image)
@@ -37,8 +39,17 @@ def png_data_uri(image: np.ndarray | Image.Image, max_side: int = 768) -> str:
         size = tuple(max(1, round(side * factor)) for side in image.size)
         image = image.resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    if lossy:
+        image.save(buffer, format="JPEG", quality=88, optimize=True)
+    else:
+        image.save(buffer, format="PNG", optimize=True)
+    kind = "jpeg" if lossy else "png"
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def png_data_uri(image: np.ndarray | Image.Image, max_side: int = 768) -> str:
+    """See `image_data_uri`."""
+    return image_data_uri(image, max_side)
 
 
 def image_size(image: np.ndarray | Image.Image) -> tuple[int, int]:
@@ -46,7 +57,9 @@ def image_size(image: np.ndarray | Image.Image) -> tuple[int, int]:
     return image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
 
 
-def radiograph(image: np.ndarray | Image.Image, boxes: Sequence[Mapping], description: str) -> str:
+def radiograph(
+    image: np.ndarray | Image.Image, boxes: Sequence[Mapping], description: str, lossy: bool = False
+) -> str:
     """A radiograph with crisp boxes on top.
 
     Args:
@@ -55,6 +68,7 @@ def radiograph(image: np.ndarray | Image.Image, boxes: Sequence[Mapping], descri
             or "n" for neutral), `dashed`, `tag` (short text at the corner), `title` (shown on hover), `group` (a box
             of a group stays hidden until the page asks for it), `quiet` (thin and hidden until asked for).
         description: text for screen readers.
+        lossy: embed a JPEG, for pages with many pictures.
     """
     width, height = image_size(image)
     # Tags scale with the drawing, the outlines do not.
@@ -94,7 +108,7 @@ def radiograph(image: np.ndarray | Image.Image, boxes: Sequence[Mapping], descri
             )
     return (
         f'<svg class="film" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(description)}">'
-        f'<image href="{png_data_uri(image)}" width="{width}" height="{height}"/>'
+        f'<image href="{image_data_uri(image, lossy=lossy)}" width="{width}" height="{height}"/>'
         f"{''.join(shapes)}{''.join(tags)}</svg>"
     )
 

@@ -1,4 +1,4 @@
-"""Style sheet and script of the HTML report.
+"""Style sheets and scripts of the HTML pages: of the demo, and of the results of an evaluation.
 
 Two palettes of eight colours that stay apart for colour-blind readers: a bright one for boxes on radiographs and for
 the dark theme, a dark one (contrast above 4.5 on white) for text and lines of the light theme.
@@ -25,7 +25,7 @@ STYLE = (
     ":root{--bg:#f6f7f9;--panel:#fff;--ink:#171a21;--soft:#5b6472;--line:#dfe3ea;--track:#e8ebf1;--accent:#0b63b5;"
     "--good:#0b6b3e;--goodbg:#dcf3e6;--short:#8a4500;--shortbg:#fdebd5;"
     + "".join(f"--t{i}:{c};" for i, c in enumerate(DARK))
-    + "}@media(prefers-color-scheme:dark){:root{--bg:#0e1116;--panel:#171b22;--ink:#e8ebf0;--soft:#9aa4b2;"
+    + "}@media screen and (prefers-color-scheme:dark){:root{--bg:#0e1116;--panel:#171b22;--ink:#e8ebf0;--soft:#9aa4b2;"
     "--line:#2a303a;--track:#262c36;--accent:#5ab4ff;--good:#7be0ab;--goodbg:#123524;--short:#ffc38a;"
     "--shortbg:#3b2711;" + "".join(f"--t{i}:{c};" for i, c in enumerate(BRIGHT)) + "}}"
     """
@@ -141,3 +141,194 @@ meter::-moz-meter-bar{background:var(--accent)}
         for i, c in enumerate(BRIGHT)
     )
 ).replace("\n", "")
+
+
+# --- results of an evaluation ---
+
+# Selecting a sentence pins its boxes; pointing at one or moving the focus to it shows them for as long as that lasts.
+# Without script all boxes are visible in the colours of their sentences.
+RESULTS_SCRIPT = """
+(function () {
+  function show(article, key) {
+    article.classList.toggle('asking', key !== null);
+    article.querySelectorAll('[data-group]').forEach(function (box) {
+      box.classList.toggle('lit', box.dataset.group === key);
+    });
+  }
+  function pinned(article) {
+    var line = article.querySelector('[data-show][aria-pressed=true]');
+    return line ? line.dataset.show : null;
+  }
+  function pin(article, key) {
+    article.querySelectorAll('[data-show]').forEach(function (line) {
+      line.setAttribute('aria-pressed', String(key !== null && line.dataset.show === key));
+    });
+    show(article, key);
+  }
+  document.querySelectorAll('article.example').forEach(function (article) {
+    article.querySelectorAll('[data-show]').forEach(function (line) {
+      var key = line.dataset.show;
+      function preview() { show(article, key); }
+      function back() { show(article, pinned(article)); }
+      line.addEventListener('mouseenter', preview);
+      line.addEventListener('focus', preview);
+      line.addEventListener('mouseleave', back);
+      line.addEventListener('blur', back);
+      line.addEventListener('click', function () { pin(article, pinned(article) === key ? null : key); });
+    });
+    article.querySelectorAll('rect[data-group]').forEach(function (box) {
+      var key = box.dataset.group;
+      box.addEventListener('click', function () { pin(article, pinned(article) === key ? null : key); });
+    });
+  });
+  document.addEventListener('keydown', function (event) {
+    if (event.key === 'Escape') {
+      document.querySelectorAll('article.example').forEach(function (article) { pin(article, null); });
+    }
+  });
+  var closed = [];
+  window.addEventListener('beforeprint', function () {
+    closed = Array.from(document.querySelectorAll('details:not([open])'));
+    closed.forEach(function (part) { part.open = true; });
+  });
+  window.addEventListener('afterprint', function () {
+    closed.forEach(function (part) { part.open = false; });
+  });
+})();
+"""
+# Classes of the drawings of `evaluation.plots`, for the page and for files of their own.
+PLOT_STYLE = """
+.ring{fill:none;stroke:var(--line);stroke-width:1}.spoke{stroke:var(--line);stroke-width:1}
+.axisname{font:600 13px system-ui,sans-serif;fill:var(--ink)}
+.detail{font-weight:400;font-size:12px;fill:var(--soft)}
+.ringname{font:11px system-ui,sans-serif;fill:var(--soft);paint-order:stroke;stroke:var(--paper);stroke-width:3.5px;
+stroke-linejoin:round}
+.radarline{fill:none;stroke-width:1.6;stroke-linejoin:round;stroke-linecap:round}
+.radarline.ours{stroke:var(--t0);stroke-width:2.8}.radarline.area.ours{fill:var(--t0);fill-opacity:.13}
+.radarline.reference{stroke:var(--soft);stroke-width:1.8;stroke-dasharray:5 4}
+.radarline.other0{stroke:var(--t1)}.radarline.other1{stroke:var(--t2)}.radarline.other2{stroke:var(--t3)}
+.radarline.other3{stroke:var(--t5)}
+.mark{stroke:var(--paper);stroke-width:1}.mark.ours{fill:var(--t0)}.mark.reference{fill:var(--soft)}
+.mark.other0{fill:var(--t1)}.mark.other1{fill:var(--t2)}.mark.other2{fill:var(--t3)}.mark.other3{fill:var(--t5)}
+.mark.open{fill:none;stroke-width:2}.mark.open.other3{stroke:var(--t5)}
+.chart text{font:12.5px system-ui,sans-serif;fill:var(--soft)}.chart .label{fill:var(--ink)}
+.chart.small text{font-size:11.5px}.line{fill:none;stroke-width:2.2;stroke-linejoin:round}
+.line.ours{stroke:var(--t0)}.fill{fill:var(--t0);fill-opacity:.1}.bar{fill:var(--t0);fill-opacity:.55}
+.ideal{stroke:var(--soft);stroke-dasharray:5 4;fill:none}.grid{stroke:var(--line);fill:none}
+.axis{stroke:var(--soft);fill:none}.paper{fill:var(--paper)}
+""".replace("\n", "")
+RESULTS_STYLE = (
+    ":root{--paper:var(--panel)}"
+    + PLOT_STYLE
+    + """
+.skip{position:absolute;left:-999px}.skip:focus{left:8px;top:8px;z-index:9;background:var(--panel);padding:.4rem .8rem}
+.hidden{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+.results :focus-visible{outline:2px solid var(--accent);outline-offset:2px}
+.results .lead+.lead{margin-top:-.4rem}.results .warning{border-radius:14px;padding-right:1rem}
+.results .warning b{flex:none}.facts li{overflow-wrap:anywhere}
+.results table small{display:block;color:var(--soft);font-size:.8rem;line-height:1.3;white-space:normal}
+.results thead th{vertical-align:bottom;line-height:1.3}.results thead small{font-weight:400}
+.results th,.results td{vertical-align:baseline}.results sup{font-size:.68em;color:var(--soft);margin-left:.1em;
+line-height:0}
+.reason{max-width:34rem}.pub small{margin-left:auto;max-width:14rem}
+.results .pub.muted{margin:0;font-size:inherit;opacity:.75;font-style:italic}
+.results .none{text-align:left}.value strong{font-size:1.1rem}
+.strip{width:140px;height:auto;display:block;overflow:visible}.stripcell{vertical-align:middle!important}
+.strip .base{stroke:var(--line);stroke-width:1.5;fill:none}.strip .span{stroke:var(--t0);stroke-width:6;
+stroke-opacity:.4;stroke-linecap:round}.strip .dot{fill:var(--t0);stroke:var(--paper);stroke-width:1}
+.strip .published{fill:var(--soft)}
+.key.dotkey{width:22px;height:8px;border-radius:5px;background:radial-gradient(circle,var(--t0) 3.6px,
+color-mix(in srgb,var(--t0) 45%,transparent) 4px)}
+.key.trianglekey{width:0;height:0;border:5px solid transparent;border-bottom:8px solid var(--soft);border-top:0}
+.overview th small{font-size:.83rem;font-weight:400}.overview a{color:inherit;text-decoration-color:var(--soft);
+text-underline-offset:3px}.overview a:hover{color:var(--accent)}
+.radarfigure{margin-top:26px;background:var(--panel);border:1px solid var(--line);border-radius:14px;
+padding:clamp(14px,2.5vw,26px);display:grid;gap:10px 30px;align-items:center}
+.radarfigure figcaption{margin:0;font-size:1rem;color:var(--ink);align-self:start}
+.radarfigure figcaption .muted{max-width:34rem}.radar{width:100%;max-width:640px;margin:0 auto;display:block;
+overflow:visible}
+@media(min-width:980px){.radarfigure{grid-template-columns:minmax(0,2fr) minmax(0,3fr)}}
+.radarlegend{list-style:none;margin:1rem 0 0;padding:0;display:grid;gap:.35rem;font-size:.95rem}
+.radarlegend li{display:flex;gap:.7rem;align-items:center;overflow-wrap:anywhere}
+.legendmark{width:42px;height:20px;flex:none}
+.task{background:var(--panel);border:1px solid var(--line);border-radius:14px;padding:clamp(14px,2.5vw,24px);
+margin-bottom:18px;scroll-margin-top:3.5rem}
+.task>header{display:flex;flex-wrap:wrap;gap:.4rem .9rem;align-items:center}.task h3{font-size:1.15rem}
+.task>.muted{margin-top:.25rem}.task .scroll,.examples .scroll{border-radius:10px}
+.task h4,.publishedtables h4{margin:1.1rem 0 .4rem}
+.notes{margin:.9rem 0 0;padding-left:1.15rem;color:var(--soft);font-size:.9rem}
+.num{display:inline-block;min-width:2.7em}
+.curves{display:grid;gap:14px 18px;margin-top:.8rem;grid-template-columns:repeat(auto-fill,minmax(min(46%,190px),1fr))}
+.curves figcaption{margin:0 0 .15rem;color:var(--ink);font-size:.86rem;font-weight:600;line-height:1.25}
+.curves small{font-weight:400;color:var(--soft);display:block}.chart.small{max-width:250px;margin-top:auto}
+.curves figure{display:flex;flex-direction:column}.number{white-space:nowrap;position:relative}
+.marks{position:absolute;left:100%;top:-.1em}.publishedtables td,.publishedtables th{padding:.4rem .75rem}
+.calibrated{display:flex;flex-wrap:wrap;gap:8px 26px;align-items:center;margin-top:.8rem}
+.calibrated .chart{flex:0 1 330px;min-width:0;width:100%}.calibrated p{flex:1 1 240px;max-width:30rem}
+.facts-table{width:auto;max-width:100%}.facts-table th,.facts-table td{white-space:normal;overflow-wrap:anywhere;
+padding-right:1.4rem}.facts-table th{min-width:7rem}.plain td{font-variant-numeric:tabular-nums}
+.runs{display:grid;gap:20px 36px;grid-template-columns:repeat(auto-fill,minmax(min(100%,360px),1fr));
+align-items:start}.runs h3{margin-bottom:.3rem}
+.results pre{white-space:pre-wrap;overflow-wrap:anywhere}
+.publishedtables .own>*{font-weight:650}
+.examples{margin-top:18px}.examples summary{font-size:1.02rem}.examples summary small{color:var(--soft);
+font-weight:400;margin-left:.5rem}
+.examples h4{margin:1rem 0 .3rem}
+.results .gallery{grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));align-items:start}
+.example{background:var(--panel);border:1px solid var(--line);border-radius:14px;padding:14px;min-width:0}
+.results .gallery figure{background:none;border:0;border-radius:0;padding:0}
+.example.wide{grid-column:1/-1;padding:clamp(14px,2vw,22px)}.examplehead{margin:0 0 .6rem;overflow-wrap:anywhere}
+.examplehead small{color:var(--soft);margin-left:.5rem;white-space:nowrap}
+.pair{display:grid;gap:14px}
+@media(min-width:760px){.example.wide .pair{grid-template-columns:minmax(0,5fr) minmax(0,7fr);gap:28px;
+align-items:start}.example.wide figure{position:sticky;top:3.6rem}}
+.example figcaption{min-height:1.4em}.example figcaption i.solid+i,.example figcaption i.dash{margin-left:0}
+.example figcaption i+i,.example figcaption i.dash:not(:first-child){margin-left:1.1rem}
+.results .reports{gap:1rem;min-width:0}.results .reports ol{gap:.1rem}
+.results .reports li{padding:0;margin:0 -.5rem;overflow-wrap:anywhere}
+.results .reports li:not(:has(button)){padding:.28rem .5rem}
+.reports button{all:unset;box-sizing:border-box;display:flex;gap:.65rem;align-items:baseline;width:100%;
+padding:.28rem .5rem;border-radius:8px;cursor:pointer}
+.reports button:hover,.reports button:focus-visible{background:var(--track)}
+.reports button:focus-visible{outline:2px solid var(--accent)}
+.reports button[aria-pressed=true]{background:var(--track);box-shadow:inset 3px 0 0 var(--tc)}
+.example rect[data-group]{cursor:pointer;pointer-events:all}
+.example .box{fill-opacity:.06}.example .box.lit{fill-opacity:.16}
+.example:not(.wide) .reports li{font-size:.92rem}
+"""
+    + "".join(f".box.c{i}{{fill:{c}}}" for i, c in enumerate(BRIGHT))
+    + """
+@media(max-width:760px){
+.overview thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+.overview,.overview tbody{display:block}.overview tr{display:grid;grid-template-columns:repeat(6,1fr);gap:.4rem .8rem;
+padding:.9rem 1rem;border-bottom:1px solid var(--line)}.overview tr:last-child{border:0}
+.overview th,.overview td{padding:0;border:0;text-align:left;white-space:normal;grid-column:span 2}
+.overview td.pub{grid-column:span 3}
+.overview th{grid-column:1/-1;font-weight:600}.overview td.n{text-align:left}
+.overview td::before{content:attr(data-label);display:block;font-size:.78rem;color:var(--soft);font-style:normal}
+.overview .none{grid-column:span 4}.overview .stripcell{grid-column:1/-1}.overview .stripcell::before{display:none}
+.overview .stripcell:empty{display:none}
+.overview .strip{width:100%;max-width:300px}.overview .pub small{margin-left:0}
+.results .scroll th:first-child,.results .scroll td:first-child{white-space:normal;min-width:6.2rem}
+.results .scroll:not(:has(.overview)) th,.results .scroll:not(:has(.overview)) td{padding:.45rem .6rem}
+td meter{display:none}
+}
+@media(min-width:761px) and (max-width:1180px){.overview .stripcell,.overview thead th:nth-child(5){display:none}}
+@media print{
+body>header{background:none!important;color:#000;padding:0 0 12px}.lead,.facts span,.lead strong{color:#333}
+.task,.example,.radarfigure,tr,figure{break-inside:avoid}.task{break-inside:auto}.scroll{overflow:visible}
+body{font-size:11pt;-webkit-print-color-adjust:exact;print-color-adjust:exact}.warning{border:1px solid #000}
+.example.wide figure{position:static!important}.wrap{max-width:none;padding:0}
+th,td{white-space:normal;padding:.3rem .5rem}.skip{display:none}
+}
+"""
+).replace("\n", "")
+_ROOT = (
+    "svg{--paper:#fff;--ink:#171a21;--soft:#5b6472;--line:#dfe3ea;"
+    + "".join(f"--t{i}:{c};" for i, c in enumerate(DARK))
+    + "}@media(prefers-color-scheme:dark){svg{--paper:#171b22;--ink:#e8ebf0;--soft:#9aa4b2;--line:#2a303a;"
+    + "".join(f"--t{i}:{c};" for i, c in enumerate(BRIGHT))
+    + "}}"
+)
+# For SVG files.
+FIGURE_STYLE = _ROOT + PLOT_STYLE
