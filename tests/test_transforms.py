@@ -10,7 +10,14 @@ import scipy.stats
 import torch
 
 from training.configuration import AugmentationConfig
-from training.transforms import MIN_VISIBLE_SHARE, Augmentation, GeometricTransform, gaussian_blur
+from training.transforms import (
+    MIN_VISIBLE_SHARE,
+    Augmentation,
+    GeometricTransform,
+    _convolve,
+    _convolve_together,
+    gaussian_blur,
+)
 
 
 SIDE = 96
@@ -118,7 +125,8 @@ def test_half_of_the_images_are_mirrored():
         transform = maps(AugmentationConfig(flip=flip), 400)
         assert 150 < transform.mirrored.sum() < 250
         assert (transform.crop[:, 1, 1] > 0).all()
-    assert not maps(AugmentationConfig(), 400).mirrored.any()
+    for flip in ("off", None):
+        assert not maps(AugmentationConfig(flip=flip), 400).mirrored.any()
 
 
 def test_nothing_changes_without_augmentation():
@@ -379,14 +387,37 @@ def test_brightness_and_contrast_are_clipped_one_by_one(brighter_first):
     torch.testing.assert_close(augmentation.intensity(images.clone(), draws), expected)
 
 
-def test_many_images_are_resampled_as_one():
-    images = torch.rand(19, 1, 40, 40, generator=generator(0))
-    transform = maps(AugmentationConfig(flip="reference"), 19)
-    alone = [
-        GeometricTransform(transform.crop[n, None], transform.affine[n, None]).images(images[n, None], 32)
-        for n in range(19)
-    ]
-    torch.testing.assert_close(transform.images(images, 32), torch.cat(alone), atol=1e-6, rtol=0)
+def test_pixels_are_the_steps_one_after_another():
+    grey = torch.randint(0, 256, (19, 1, 40, 44), generator=generator(0), dtype=torch.uint8)
+    augmentation = Augmentation(AugmentationConfig(flip="reference"))
+    draws = augmentation.draws(torch.arange(19))
+    transform = augmentation.geometry(draws)
+    result = augmentation.pixels(grey, transform, draws, 32)
+    expected = augmentation.intensity(transform.images(grey / 255, 32), draws)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(augmentation.pixels(grey / 255, transform, draws, 32), expected, atol=1e-5, rtol=0)
+    assert augmentation.pixels(grey, transform, draws).shape == (19, 1, 40, 44)
+
+
+def test_pixels_do_not_depend_on_the_rest_of_the_batch():
+    grey = torch.randint(0, 256, (13, 1, 40, 40), generator=generator(0), dtype=torch.uint8)
+    augmentation = Augmentation(AugmentationConfig(flip="reference", blur_probability=1.0))
+    copy = grey.clone()
+
+    def augment(rows):
+        draws = augmentation.draws(rows)
+        return augmentation.pixels(grey[rows], augmentation.geometry(draws), draws, 32)
+
+    together = augment(torch.arange(13))
+    for rows in (
+        torch.tensor([12, 3, 7]),
+        torch.arange(1, 13),
+        torch.tensor([5]),
+        torch.tensor([], dtype=torch.int64),
+    ):
+        torch.testing.assert_close(augment(rows), together[rows], atol=1e-6, rtol=0)
+    assert torch.equal(grey, copy)
 
 
 def test_another_size_of_the_output():
@@ -458,3 +489,24 @@ def test_blur_with_a_small_kernel():
     torch.testing.assert_close(result[3:6, 3:6], weights[:, None] * weights)
     assert result.count_nonzero() == 9
     torch.testing.assert_close(result.sum(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 70), (5, 40), (96, 31)])
+def test_blur_of_one_image_and_of_many_at_once_agree(size):
+    """Processors blur images one by one, by block matrices; other devices all of them, by convolution."""
+    images = torch.rand(4, 1, *size, generator=generator(0))
+    radius = min(7, min(size) - 1)
+    distance = torch.arange(-radius, radius + 1)
+    kernels = torch.exp(-0.5 * (distance / torch.tensor([0.5, 1.0, 2.0, 9.0])[:, None]) ** 2)
+    for reach in (radius, 2, 1):
+        cut = kernels[:, radius - reach : radius + reach + 1]
+        cut = cut / cut.sum(1, keepdim=True)
+        alone = torch.stack([_convolve(image[0], kernel) for image, kernel in zip(images, cut, strict=True)])
+        torch.testing.assert_close(_convolve_together(images, cut)[:, 0], alone, atol=1e-6, rtol=0)
+
+
+def test_blur_wider_than_the_image():
+    image = torch.rand(1, 1, 6, 50, generator=generator(0))
+    result = gaussian_blur(image, torch.tensor([4.0]))
+    expected = scipy.ndimage.gaussian_filter(image.double().numpy(), (0, 0, 4, 4), mode="mirror", radius=(0, 0, 5, 5))
+    torch.testing.assert_close(result.double(), torch.from_numpy(expected), atol=1e-5, rtol=0)

@@ -135,12 +135,12 @@ class ImageSupervision(Supervision):
 
     def prepare(self, batch: Batch, epoch: int, counting: bool = False) -> tuple[Tensor | None, Batch]:
         """Pixel values (N, 3, S, S), unless only counting, and the batch with moved boxes; augmented in training."""
-        images = None if counting else batch.images.float().div_(255)  # `float` has made a copy
+        images = None
         if self.training:
             draws = self.augmentation.draws(batch.index, epoch)
             transform = self.augmentation.geometry(draws).to(batch.images.device)
             if not counting:
-                images = self.augmentation.intensity(transform.images(images, self.side), draws)
+                images = self.augmentation.pixels(batch.images, transform, draws, self.side)
             anatomy_boxes, anatomy_present = transform.boxes(batch.anatomy_boxes, batch.anatomy_present)
             class_boxes, class_box_mask = transform.boxes(batch.class_boxes, batch.class_box_mask)
             batch = batch.replace(
@@ -151,8 +151,10 @@ class ImageSupervision(Supervision):
             )
             if self.mirror_ids is not None:
                 batch = batch.swap_sides(transform.mirrored, self.mirror_ids)
-        elif not counting and images.shape[-1] != self.side:
-            images = F.interpolate(images, size=(self.side, self.side), mode="bilinear", align_corners=False)
+        elif not counting:
+            images = batch.images.float().div_(255)  # `float` has made a copy
+            if images.shape[-1] != self.side:
+                images = F.interpolate(images, size=(self.side, self.side), mode="bilinear", align_corners=False)
         if counting:
             return None, batch
         return ((images - self.image_mean) / self.image_std).expand(-1, 3, -1, -1), batch

@@ -1,6 +1,7 @@
 """Augmentation of whole batches on their device: one resampling for all geometric steps, boxes carried exactly."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,9 @@ from training.configuration import AugmentationConfig
 
 # A box is dropped when less than this share of its area stays in the image (as in the official transforms).
 MIN_VISIBLE_SHARE = 0.1
-IMAGES_AT_ONCE = 8
+# On a processor, where larger parts would not stay in its caches
+IMAGES_AT_ONCE = 2
+BLUR_BLOCK = 32
 
 
 @dataclass
@@ -45,27 +48,30 @@ class GeometricTransform:
         than the crop, as if the crop had been made before: pixels at its border are repeated for half a pixel, and
         fade to 0, which is what lies outside, over the next one.
         """
-        if images.device.type == "cpu" and len(images) > IMAGES_AT_ONCE:  # large temporaries cost more than the work
-            parts = (part.split(IMAGES_AT_ONCE) for part in (self.crop, self.affine, images))
-            return torch.cat(
-                [GeometricTransform(*maps).images(part, side) for *maps, part in zip(*parts, strict=True)]
-            )
-        height, width = images.shape[2:] if side is None else (side, side)
+        return _resample(images, *self.places(images.shape[2:], side))
+
+    def places(self, input_size: Sequence[int], side: int | None = None) -> tuple[Tensor, ...]:
+        """
+        Where in the input (height, width) the pixels of the output are, as `_resample` takes it. Everything small is
+        computed here for all images, so that they can be resampled a few at a time.
+        """
+        height, width = input_size if side is None else (side, side)
         affine, crop = _centred(self.affine), _centred(self.crop)
-        # x and y in [-1, 1] as sums of rows and columns, much faster than `affine_grid`
-        columns, rows = (((torch.arange(n, device=images.device) + 0.5) * 2 / n - 1) for n in (width, height))
-        source, inside = [], []
-        for axis, (length, input_length) in enumerate(((width, images.shape[3]), (height, images.shape[2]))):
-            place = (affine[:, axis, 0, None] * columns + affine[:, axis, 2, None])[:, None, :]
-            place = place + (affine[:, axis, 1, None] * rows)[:, :, None]  # in the crop
-            inside.append(torch.rsub(place.abs(), 1).mul_(length / 2).add_(0.5).clamp_(0, 1))
-            scale, shift = crop[:, axis, axis], crop[:, axis, 2]
-            last = 1 - (1 / (scale.abs() * input_length).clamp_max(length)).view(-1, 1, 1)  # centre of the last pixel
-            place = torch.minimum(torch.maximum(place, -last, out=place), last, out=place)
-            source.append(place.mul_(scale.view(-1, 1, 1)).add_(shift.view(-1, 1, 1)))
-        grid = torch.view_as_real(torch.complex(*source))  # the same as `stack`, much faster
-        resampled = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
-        return resampled.mul_(inside[0].mul_(inside[1])[:, None])
+        columns, rows = (((torch.arange(n, device=crop.device) + 0.5) * 2 / n - 1) for n in (width, height))
+        columns, rows = affine[..., :1] * columns + affine[..., 2:], affine[..., 1:2] * rows  # in the crop
+        lengths = torch.tensor([[width], [height]], device=crop.device)
+        input_lengths = torch.tensor([[input_size[1]], [input_size[0]]], device=crop.device)
+        scale, shift = crop.diagonal(dim1=1, dim2=2)[..., None], crop[..., 2:]
+        # from the centre of the crop to that of its last pixel, of the input or of the output, whichever is larger
+        reach = scale.abs() - 1 / torch.minimum(input_lengths, lengths / scale.abs())
+        return (
+            (columns * scale + shift)[:, :, None],
+            (rows * scale)[..., None],
+            (shift - reach)[..., None],
+            (shift + reach)[..., None],
+            (columns * (lengths / 2))[:, :, None],
+            (rows * (lengths / 2))[..., None],
+        )
 
     def boxes(self, boxes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -85,6 +91,25 @@ class GeometricTransform:
             area, visible = ((box[..., 2:] - box[..., :2]).prod(-1) for box in (moved, corners))
             kept = kept & (visible > 0) & (visible >= MIN_VISIBLE_SHARE * area)
         return (corners_to_center_format(corners) * kept[..., None]).view(boxes.shape), kept.view(mask.shape)
+
+
+def _resample(
+    images: Tensor, columns: Tensor, rows: Tensor, first: Tensor, last: Tensor, crop_columns: Tensor, crop_rows: Tensor
+) -> Tensor:
+    """
+    Images (N, 1, H, W) at places in [-1, 1] that are sums of `columns` (N, 2, 1, W) and `rows` (N, 2, H, 1), x before
+    y, and kept between `first` and `last` (N, 2, 1, 1). They fade to 0 where the sums of `crop_columns` and
+    `crop_rows`, in pixels of the output from the centre of the crop, leave the crop.
+    """
+    grid = columns + rows  # much faster than `affine_grid`
+    torch.maximum(grid, first, out=grid)
+    torch.minimum(grid, last, out=grid)
+    resampled = F.grid_sample(
+        images, grid.permute(0, 2, 3, 1), mode="bilinear", padding_mode="border", align_corners=False
+    )
+    border = torch.tensor(grid.shape[:1:-1], device=grid.device).view(2, 1, 1) / 2 + 0.5
+    inside = torch.add(crop_columns, crop_rows, out=grid).abs_().sub_(border).clamp_(-1, 0)  # -1 inside, for x and y
+    return resampled.mul_(inside[:, :1]).mul_(inside[:, 1:])
 
 
 def _centred(matrix: Tensor) -> Tensor:
@@ -127,7 +152,7 @@ class Augmentation:
         first = fits.to(torch.uint8).argmax(1)
         size = sizes[torch.arange(len(sizes)), first].where(fits.any(1, keepdim=True), torch.ones(1))
         origin = draws[:, 0:2] * (1 - size)
-        mirrored = draws[:, 2] < (config.flip_probability if config.flip != "off" else 0.0)
+        mirrored = draws[:, 2] < (0.0 if config.flip in (None, "off") else config.flip_probability)
         origin[:, 0] += size[:, 0] * mirrored
         size[:, 0] *= 1 - 2.0 * mirrored
         crop = torch.cat([torch.diag_embed(size), origin[..., None]], -1)
@@ -142,31 +167,58 @@ class Augmentation:
         offset = 0.5 - (linear @ (0.5 + shift)[..., None]).squeeze(-1)
         return GeometricTransform(crop, torch.cat([linear, offset[..., None]], -1))
 
+    def pixels(self, images: Tensor, transform: GeometricTransform, draws: Tensor, side: int | None = None) -> Tensor:
+        """
+        Images (N, 1, H, W), uint8 or in [0, 1], moved by `transform`, the geometry of these draws, and changed in
+        intensity: float (N, 1, H, W) or (N, 1, side, side) in [0, 1].
+        """
+        places = transform.places(images.shape[2:], side)
+        levels = [level.to(images.device) for level in self._levels(draws)]
+        if not images.is_floating_point():
+            levels[0] = levels[0] / 255
+        height, width = places[1].shape[2], places[0].shape[3]
+        result = torch.empty(len(images), 1, height, width, device=images.device)
+        # What the caches of a processor hold is several times as fast; other devices want everything at once.
+        at_once = IMAGES_AT_ONCE if images.device.type == "cpu" else max(len(images), 1)
+        for output, part, *rest in zip(*(x.split(at_once) for x in (result, images, *places, *levels)), strict=True):
+            resampled = _resample(part.float(), *rest[: len(places)])
+            output.copy_(_adjust(resampled, *rest[len(places) :]))
+        return self._blur(result, draws)
+
     def intensity(self, images: Tensor, draws: Tensor) -> Tensor:
         """Brightness and contrast factors in random order, clipped to [0, 1], then blur; images (N, 1, H, W)."""
-        config = self.config
+        return self._blur(_adjust(images.clone(), *(level.to(images) for level in self._levels(draws))), draws)
+
+    def _levels(self, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Factors of brightness before contrast, of contrast, and of brightness after it, each (N, 1, 1, 1)."""
+        config, draws = self.config, draws[:, 2 * self.CROP_TRIES + 8 :, None, None, None]
+        brightness = _scaled(draws[:, 0], (max(0.0, 1 - config.brightness), 1 + config.brightness))
+        contrast = _scaled(draws[:, 1], (max(0.0, 1 - config.contrast), 1 + config.contrast))
+        brighter_first = draws[:, 2] < 0.5
+        return brightness.where(brighter_first, 1.0), contrast, brightness.masked_fill(brighter_first, 1.0)
+
+    def _blur(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Blurs some of the images (N, 1, H, W), in place."""
         draws = draws[:, 2 * self.CROP_TRIES + 8 :]
-        on_device = draws.to(images)[..., None, None, None]
-        brightness = _scaled(on_device[:, 0], (max(0.0, 1 - config.brightness), 1 + config.brightness))
-        contrast = _scaled(on_device[:, 1], (max(0.0, 1 - config.contrast), 1 + config.contrast))
-        brighter_first = on_device[:, 2] < 0.5
-
-        images = (images * brightness.where(brighter_first, 1.0)).clamp_(0, 1)
-        mean = images.mean(dim=(-2, -1), keepdim=True)
-        images = images.mul_(contrast).add_(mean * (1 - contrast)).clamp_(0, 1)
-        images = images.mul_(brightness.masked_fill(brighter_first, 1.0)).clamp_(0, 1)
-
-        sigma = _scaled(draws[:, 4], config.blur_sigma)
+        sigma = _scaled(draws[:, 4], self.config.blur_sigma)
         # As officially, the kernel has 3 pixels (50 %), 1, which is no blur (25 %), or what sigma asks for (25 %).
         kind = draws[:, 5]
         reach = torch.where(kind < 0.5, 1.0, math.inf)
-        blurred = (draws[:, 3] < config.blur_probability) & (kind < 0.75)
+        blurred = (draws[:, 3] < self.config.blur_probability) & (kind < 0.75)
         for wide in (False, True):  # apart, since every kernel is as wide as the widest of its group
-            group = (blurred & (reach.isinf() if wide else ~reach.isinf())).nonzero().squeeze(1)
+            group = (blurred & (reach.isinf() == wide)).nonzero().squeeze(1)
             if len(group):
                 chosen = group.to(images.device)
                 images[chosen] = gaussian_blur(images[chosen], sigma[group], reach[group])
         return images
+
+
+def _adjust(images: Tensor, before: Tensor, contrast: Tensor, after: Tensor) -> Tensor:
+    """Factors (N, 1, 1, 1) of brightness, contrast and again brightness, one after another, in place."""
+    images.mul_(before).clamp_(0, 1)
+    mean = images.mean(dim=(-2, -1), keepdim=True)
+    images.mul_(contrast).add_(mean * (1 - contrast)).clamp_(0, 1)
+    return images.mul_(after).clamp_(0, 1)
 
 
 def _scaled(draws: Tensor, limits: tuple[float, float]) -> Tensor:
@@ -182,14 +234,47 @@ def gaussian_blur(images: Tensor, sigma: Tensor, reach: Tensor | None = None) ->
     """
     limit = (8 * sigma + 1).round().div(2, rounding_mode="floor")  # as OpenCV's, of an odd size
     limit = limit if reach is None else torch.minimum(limit, reach)
-    radius = min(max(1, int(limit.max())), min(images.shape[2:]) - 1)  # no more can be mirrored
-    distance = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
-    kernel = torch.exp(-0.5 * (distance / sigma.to(images)[:, None]) ** 2)
-    kernel = kernel * (distance.abs() <= limit.to(images)[:, None])
-    kernel = kernel / kernel.sum(-1, keepdim=True)
+    limit = limit.clamp(1, min(images.shape[2:]) - 1).to(torch.int64)  # no more can be mirrored
+    radius = int(limit.max())
+    distance = torch.arange(-radius, radius + 1)
+    kernels = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2) * (distance.abs() <= limit[:, None])
+    kernels = (kernels / kernels.sum(-1, keepdim=True)).to(images)
+    if images.device.type != "cpu":
+        return _convolve_together(images, kernels)
+    cut = (kernel[radius - own : radius + own + 1] for kernel, own in zip(kernels, limit.tolist(), strict=True))
+    return torch.stack([_convolve(image[0], kernel) for image, kernel in zip(images, cut, strict=True)])[:, None]
+
+
+def _convolve_together(images: Tensor, kernels: Tensor) -> Tensor:
+    """Images (N, 1, H, W) with a kernel (N, 2R + 1) for each along both axes; slow on processors, for small N most."""
+    radius = kernels.shape[1] // 2
     channels = F.pad(images.transpose(0, 1), (radius,) * 4, mode="reflect")  # one group for each image
-    channels = F.conv2d(channels, kernel[:, None, :, None], groups=len(kernel))
-    return F.conv2d(channels, kernel[:, None, None, :], groups=len(kernel)).transpose(0, 1)
+    channels = F.conv2d(channels, kernels[:, None, :, None], groups=len(kernels))
+    return F.conv2d(channels, kernels[:, None, None, :], groups=len(kernels)).transpose(0, 1)
+
+
+def _convolve(image: Tensor, kernel: Tensor) -> Tensor:
+    """An image (H, W) with a symmetric kernel (2R + 1) along both axes."""
+    (height, width), radius = image.shape, len(kernel) // 2
+    image = F.pad(image[None], (radius,) * 4, mode="reflect")[0]
+    if radius <= 2:
+        for axis, length in enumerate((height, width)):
+            shifted = [image.narrow(axis, start, length) for start in range(2 * radius + 1)]
+            image = shifted[radius] * kernel[radius]
+            for part, weight in zip(shifted, kernel.tolist(), strict=True):
+                if part is not shifted[radius]:
+                    image.add_(part, alpha=weight)
+        return image
+    # A band matrix times overlapping blocks of rows, then of columns: most of the matrix of all rows would be zero.
+    size = BLUR_BLOCK + 2 * radius
+    band = image.new_zeros(BLUR_BLOCK, size)
+    band.as_strided((BLUR_BLOCK, len(kernel)), (size + 1, 1)).copy_(kernel.expand(BLUR_BLOCK, -1))
+    image = F.pad(image, (0, -width % BLUR_BLOCK, 0, -height % BLUR_BLOCK))
+    blocks = image.unfold(0, size, BLUR_BLOCK).mT  # (blocks, size, W + 2R)
+    image = (band.expand(len(blocks), -1, -1) @ blocks).flatten(0, 1)
+    blocks = image.unfold(1, size, BLUR_BLOCK).transpose(0, 1)  # (blocks, H, size)
+    image = torch.bmm(blocks, band.T.expand(len(blocks), -1, -1))
+    return image.transpose(0, 1).flatten(1)[:height, :width]
 
 
 __all__ = ["MIN_VISIBLE_SHARE", "Augmentation", "GeometricTransform", "gaussian_blur"]
