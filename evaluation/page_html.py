@@ -14,6 +14,7 @@ from .plots import Axis, Series, calibration, interval_strip, legend_mark, preci
 from .published import NOTE, RADAR, Published, find_published
 from .results_view import (
     NINE_TASKS,
+    TASK_KEYS,
     ResultsError,
     Row,
     Sentence,
@@ -157,6 +158,10 @@ def _short(digest: str | None, length: int = 12) -> str:
     return "unknown" if not digest else (digest if len(digest) <= length + 4 else f"{digest[:length]}…")
 
 
+def _images(count: int, what: str = "image") -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def _parameters(count: int | None) -> str:
     if count is None:
         return "unknown"
@@ -260,10 +265,10 @@ def _overview(results: Mapping[str, Any]) -> str:
         linked = f'<a href="#task-{escape(row.task)}">{name}</a>' if task is not None else name
         place = escape(row.place)
         if task is not None:
-            place += f" · {task['images']:,} images"
+            place += f" · {_images(task['images'])}"
             if row.twin:
                 of = f"twin of {escape(row.place)}" if row.task in NINE_TASKS else escape(row.place)
-                place = f"{of} · {task['images']:,} synthetic images"
+                place = f"{of} · {_images(task['images'], 'synthetic image')}"
         value = _value_cell(row)
         if task is None:
             reason = str(skipped.get(row.task) or row.reason)
@@ -289,7 +294,7 @@ def _overview(results: Mapping[str, Any]) -> str:
         f"{real}<th role=columnheader scope=col class=n>Best baseline{real}</tr></thead><tbody role=rowgroup>"
         f"{''.join(body)}</tbody></table></div>"
     )
-    key = "<p class=legend><span><i class='key dotkey'></i>value and 95 % interval</span>"
+    key = "<p class='legend striplegend'><span><i class='key dotkey'></i>value and 95 % interval</span>"
     if not all(task["twin"] for task in tasks.values()) or not tasks:
         key += "<span><i class='key trianglekey'></i>ChEX as published</span>"
     return f"{table}{key}</p>{_MARKS}{_radar(results)}"
@@ -328,7 +333,7 @@ def _tasks(results: Mapping[str, Any]) -> str:
 
 def _task(name: str, task: Mapping[str, Any]) -> str:
     twin = '<span class="badge short">twin on synthetic images</span>' if task["twin"] else ""
-    facts = [f"{task['data']}, {task['split']} split", f"{task['images']:,} images"]
+    facts = [f"{task['data']}, {task['split']} split", _images(task["images"])]
     if task["unit"] != "image" and task["units"] is not None:
         plural = task["unit"] + ("es" if task["unit"].endswith("x") else "s")
         facts.append(f"bootstrap over {task['units']:,} {plural}")
@@ -492,13 +497,11 @@ def _settings(task: Mapping[str, Any]) -> str:
         rest = {key: value for key, value in tuning.items() if key not in lists} if lists else tuning
         parts.append(f"<h4>Tuned on the validation split</h4>{_facts(flatten(rest))}")
         parts += [_records(key, value) for key, value in lists.items()]
-    other = {
-        key: value
-        for key, value in task.items()
-        if key in ("classes_defined", "miou_if_reported", "recall", "sentences_generated", "sentences_per_report")
-    }
+    other = {key: value for key, value in task.items() if key not in TASK_KEYS and _seconds(value) is not None}
     if other:
-        parts.insert(0, f"<h4>Also counted</h4>{_facts(flatten(other))}")
+        parts.insert(
+            0, f"<h4>Also counted</h4>{_facts((key.replace('_', ' '), text) for key, text in flatten(other))}"
+        )
     if not parts:
         return ""
     tuned = " and tuning" if task["tuning"] else ""
@@ -616,11 +619,9 @@ def _example(task: Mapping[str, Any], example: Mapping[str, Any], folder: Path, 
     # Phrases are what was asked, so they are the reference as well.
     reference = [] if grounding else reference_sentences(example)
     colours = _colours(sentences, example["boxes"])
-    if not sentences:
+    described = not grounding and bool(sentences or reference)
+    if not sentences and not reference:
         sentences = _labels_as_lines(example["boxes"])
-        described = False
-    else:
-        described = not grounding
     numbers: dict[int, int] = {}
     for rank, sentence in enumerate(sentences):
         if sentence.group is not None:
@@ -651,9 +652,8 @@ def _example(task: Mapping[str, Any], example: Mapping[str, Any], folder: Path, 
     lines = [
         _sentence_line(sentence, rank, number, example, colours, given) for rank, sentence in enumerate(sentences)
     ]
-    heading = "Generated report" if is_report(example) and described else "Generated" if described else "Asked"
-    if not described and not grounding:
-        heading = "Boxes"
+    report = task["kind"] == "report_generation" or is_report(example)
+    heading = ("Generated report" if report else "Generated") if described else "Asked" if grounding else "Boxes"
     parts = [f"<section><h4>{heading}</h4><ol>{''.join(lines) or _NOTHING}</ol></section>"]
     if described:
         answers = "".join(
@@ -666,7 +666,7 @@ def _example(task: Mapping[str, Any], example: Mapping[str, Any], folder: Path, 
             )
             for line in reference
         )
-        title = "Reference report" if is_report(example) else "Reference"
+        title = "Reference report" if report else "Reference"
         parts.append(f"<section><h4>{title}</h4><ol>{answers or _NOTHING}</ol></section>")
     kinds = {box.get("kind") for box in example["boxes"]}
     key = []
@@ -686,7 +686,7 @@ def _example(task: Mapping[str, Any], example: Mapping[str, Any], folder: Path, 
         f"{sum(box.get('kind') != 'target' for box in example['boxes'])} predicted and "
         f"{sum(box.get('kind') == 'target' for box in example['boxes'])} annotated boxes"
     )
-    wide = len(lines) > _MAX_CARD_LINES or (described and is_report(example))
+    wide = len(lines) > _MAX_CARD_LINES or (described and report)
     return (
         f'<article class="example{" wide" if wide else ""}"><p class=examplehead>{head}</p><div class=pair><figure>'
         f"{radiograph(image, shapes, spoken, lossy=True)}<figcaption>{''.join(key)}{missing}</figcaption></figure>"

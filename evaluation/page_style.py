@@ -230,8 +230,9 @@ RESULTS_STYLE = (
 .results thead th{vertical-align:bottom;line-height:1.3}.results thead small{font-weight:400}
 .results th,.results td{vertical-align:baseline}.results sup{font-size:.68em;color:var(--soft);margin-left:.1em;
 line-height:0}
+.scroll:not(:has(.overview)) tr>:first-child{position:sticky;left:0;background:var(--panel);z-index:1}
 .reason{max-width:34rem}.pub small{margin-left:auto;max-width:14rem}
-.results .pub.muted{margin:0;font-size:inherit;opacity:.75;font-style:italic}
+.results .pub.muted{margin:0;font-size:inherit;font-style:italic}
 .results .none{text-align:left}.value strong{font-size:1.1rem}
 .strip{width:140px;height:auto;display:block;overflow:visible}.stripcell{vertical-align:middle!important}
 .strip .base{stroke:var(--line);stroke-width:1.5;fill:none}.strip .span{stroke:var(--t0);stroke-width:6;
@@ -245,7 +246,7 @@ text-underline-offset:3px}.overview a:hover{color:var(--accent)}
 .radarfigure{margin-top:26px;background:var(--panel);border:1px solid var(--line);border-radius:14px;
 padding:clamp(14px,2.5vw,26px);display:grid;gap:10px 30px;align-items:center}
 .radarfigure figcaption{margin:0;font-size:1rem;color:var(--ink);align-self:start}
-.radarfigure figcaption .muted{max-width:34rem}.radar{width:100%;max-width:640px;margin:0 auto;display:block;
+.radarfigure figcaption .muted{max-width:34rem}.radar{width:100%;max-width:580px;margin:0 auto;display:block;
 overflow:visible}
 @media(min-width:980px){.radarfigure{grid-template-columns:minmax(0,2fr) minmax(0,3fr)}}
 .radarlegend{list-style:none;margin:1rem 0 0;padding:0;display:grid;gap:.35rem;font-size:.95rem}
@@ -298,7 +299,7 @@ padding:.28rem .5rem;border-radius:8px;cursor:pointer}
 """
     + "".join(f".box.c{i}{{fill:{c}}}" for i, c in enumerate(BRIGHT))
     + """
-@media(max-width:760px){
+@media screen and (max-width:760px){
 .overview thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 .overview,.overview tbody{display:block}.overview tr{display:grid;grid-template-columns:repeat(6,1fr);gap:.4rem .8rem;
 padding:.9rem 1rem;border-bottom:1px solid var(--line)}.overview tr:last-child{border:0}
@@ -309,17 +310,22 @@ padding:.9rem 1rem;border-bottom:1px solid var(--line)}.overview tr:last-child{b
 .overview .none{grid-column:span 4}.overview .stripcell{grid-column:1/-1}.overview .stripcell::before{display:none}
 .overview .stripcell:empty{display:none}
 .overview .strip{width:100%;max-width:300px}.overview .pub small{margin-left:0}
-.results .scroll th:first-child,.results .scroll td:first-child{white-space:normal;min-width:6.2rem}
-.results .scroll:not(:has(.overview)) th,.results .scroll:not(:has(.overview)) td{padding:.45rem .6rem}
+.results .scroll th:first-child,.results .scroll td:first-child{white-space:normal;min-width:5.4rem}
+.results .scroll:not(:has(.overview)) th,.results .scroll:not(:has(.overview)) td{padding:.42rem .5rem;
+font-size:.88rem}
 td meter{display:none}
 }
-@media(min-width:761px) and (max-width:1180px){.overview .stripcell,.overview thead th:nth-child(5){display:none}}
+@media screen and (min-width:761px){.radar .axisname{font-size:11px}.radar .detail{font-size:10px}
+.radar .ringname{font-size:9px}}
+@media print,(min-width:761px) and (max-width:1180px){.overview .stripcell,.overview thead th:nth-child(5),
+.striplegend{display:none}}
 @media print{
 body>header{background:none!important;color:#000;padding:0 0 12px}.lead,.facts span,.lead strong{color:#333}
 .task,.example,.radarfigure,tr,figure{break-inside:avoid}.task{break-inside:auto}.scroll{overflow:visible}
 body{font-size:11pt;-webkit-print-color-adjust:exact;print-color-adjust:exact}.warning{border:1px solid #000}
 .example.wide figure{position:static!important}.wrap{max-width:none;padding:0}
-th,td{white-space:normal;padding:.3rem .5rem}.skip{display:none}
+th,td{white-space:normal!important;padding:.25rem .45rem!important;font-size:9.5pt}.skip{display:none}
+.scroll tr>:first-child{position:static!important}details>summary{list-style:none}
 }
 """
 ).replace("\n", "")

@@ -62,7 +62,7 @@ def radar(
     legend: bool = False,
 ) -> str:
     """
-    A radar over `axes`, linear from the centre, in a 460 x 342 drawing.
+    A radar over `axes`, linear from the centre, in a 400 x 286 drawing.
 
     Args:
         axes: The first points up, the others follow clockwise.
@@ -79,8 +79,8 @@ def radar(
     else:
         ticks = nice_ticks(0, min(max([1.2, *known]), limit), 5)
         rim, rings = ticks[-1], ticks[1:]
-    width, centre_x, centre_y, radius = 460, 230.0, 178.0, 132.0
-    height = 342 + (24 * math.ceil(len(series) / 2) + 8 if legend else 0)
+    width, centre_x, centre_y, radius = 400, 200.0, 150.0, 104.0
+    height = 286 + (24 * math.ceil(len(series) / 2) + 8 if legend else 0)
 
     def place(index: int, value: float) -> tuple[float, float]:
         angle = 2 * math.pi * index / len(axes) - math.pi / 2
@@ -134,11 +134,13 @@ def radar(
                 r = 4.0 if line.style == "ours" else 2.8
                 parts.append(_shape(line.marker, x, y, r, line.style, f"{line.name}, {axes[index].name}: {shown}"))
     if legend:
-        for index, line in enumerate(series):
-            x, y = 24 + 220 * (index % 2), 356 + 24 * (index // 2)
+        # in front of the others: last in the drawing, first in the legend
+        for index, line in enumerate(reversed(series)):
+            name = line.name if len(line.name) <= 22 else f"{line.name[:21]}…"
+            x, y = 16 + 196 * (index % 2), 302 + 24 * (index // 2)
             parts.append(f'<path class="radarline {line.style}" d="M{x} {y}h26"/>')
             parts.append(_shape(line.marker, x + 13, y, 3.4, line.style, line.name))
-            parts.append(f'<text class="axisname" x="{x + 34}" y="{y + 4}">{escape(line.name)}</text>')
+            parts.append(f'<text class="axisname" x="{x + 34}" y="{y + 4}">{escape(name)}</text>')
     return (
         f'<svg class="radar" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(description)}">'
         f"{''.join(parts)}</svg>"
@@ -212,13 +214,13 @@ def _thinned(points: list[tuple[float, float]], most: int = 120) -> list[tuple[f
 
 def precision_recall(curve: Mapping[str, Sequence[float | None]], description: str) -> str:
     """
-    A small precision-recall plot, 180 x 160.
+    A small precision-recall plot, 150 x 140.
 
     Args:
         curve: {"recall": [...], "precision": [...]}, both in [0, 1]; pairs with None are left out.
         description: Text for screen readers.
     """
-    left, top, side_x, side_y = 38.0, 8.0, 134.0, 112.0
+    left, top, side_x, side_y = 36.0, 8.0, 106.0, 94.0
     parts: list[str] = []
     _axes(parts, left, top, side_x, side_y, "recall", "precision")
     points = _thinned(_pairs(curve["recall"], curve["precision"]))
@@ -231,7 +233,7 @@ def precision_recall(curve: Mapping[str, Sequence[float | None]], description: s
     else:
         parts.append(f'<text x="{left + side_x / 2}" y="{top + side_y / 2 + 4}" text-anchor="middle">undefined</text>')
     return (
-        f'<svg class="chart small" viewBox="0 0 180 160" role="img" aria-label="{escape(description)}">'
+        f'<svg class="chart small" viewBox="0 0 150 140" role="img" aria-label="{escape(description)}">'
         f"{''.join(parts)}</svg>"
     )
 
@@ -244,7 +246,7 @@ def precision_recall_grid(curves: Mapping[str, Mapping[str, Sequence[float | Non
         curves: Class name -> see `precision_recall`.
         description: Text for screen readers.
     """
-    columns, wide, high = min(4, max(1, len(curves))), 190, 184
+    columns, wide, high = min(4, max(1, len(curves))), 190, 188
     rows = math.ceil(len(curves) / columns)
     parts = []
     for index, (name, curve) in enumerate(curves.items()):
@@ -252,7 +254,7 @@ def precision_recall_grid(curves: Mapping[str, Mapping[str, Sequence[float | Non
         # room for about 28 letters
         shown = name if len(name) <= 28 else f"{name[:27]}…"
         drawing = precision_recall(curve, name).replace(
-            "<svg ", f'<svg x="{x}" y="{y + 20}" width="180" height="160" '
+            "<svg ", f'<svg x="{x}" y="{y + 20}" width="172" height="160" '
         )
         parts.append(f'<text class="axisname" x="{x + 4}" y="{y + 14}" font-size="12">{escape(shown)}</text>{drawing}')
     return (

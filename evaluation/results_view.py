@@ -161,6 +161,8 @@ _TASK_DEFAULTS: dict[str, Any] = {
     "examples": [],
     "seconds": {},
 }
+# Whatever else a task holds are counts of its own.
+TASK_KEYS = frozenset((*_TASK, *_TASK_DEFAULTS, "headline"))
 _METRIC = ("value", "mean", "std", "low", "high")
 
 
@@ -503,6 +505,7 @@ __all__ = [
     "METRIC_NAMES",
     "NINE_TASKS",
     "SCHEMA",
+    "TASK_KEYS",
     "ResultsError",
     "Row",
     "Sentence",

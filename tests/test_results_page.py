@@ -895,6 +895,16 @@ def test_failures_say_what_was_missed(pages):
     assert "Interstitial lung disease (ILD) missed" in words
 
 
+def test_a_report_without_sentences_still_shows_its_reference(tmp_path):
+    results = make_results(tmp_path)
+    example = results["tasks"]["rg_mimic"]["examples"][0]
+    example |= {"sentences": [], "generated": "", "boxes": [], "reference": "No acute disease. Heart size normal."}
+    html = write_pages(write(tmp_path, results))[0].read_text(encoding="utf-8")
+    card = html[html.index('<article class="example wide"') :]
+    words = parse(card[: card.index("</article>") + 10]).words
+    assert "Generated report · Nothing. Reference report · No acute disease. · Heart size normal." in words
+
+
 def test_lines_can_be_reached_by_keyboard(pages):
     html = pages[1]
     assert html.count("<button type=button data-show=") == html.count("data-show=")
@@ -984,7 +994,7 @@ def test_radar_places_values_and_leaves_gaps():
     assert paths["radarline area reference"].endswith("Z")
     assert paths["radarline ours"].count("M") == 2  # c-d and d-a; none at b
     marks = [node for node in drawing if node.get("class") == "mark ours"]
-    centre_x, centre_y = 230, 178
+    centre_x, centre_y = 200, 150
     positions = [(float(node.get("cx")) - centre_x, float(node.get("cy")) - centre_y) for node in marks]
     (up_x, up), (down_x, down), (left, left_y) = positions
     assert (up_x, down_x, left_y) == pytest.approx((0, 0, 0), abs=0.1)
@@ -994,8 +1004,8 @@ def test_radar_places_values_and_leaves_gaps():
 def test_radar_draws_values_out_of_range_at_the_rim():
     drawing = svg(radar([Axis("a"), Axis("b"), Axis("c")], [Series("x", [9.0, 0.1, -1.0], "ours")], description="d"))
     marks = [node for node in drawing if node.get("class") == "mark ours"]
-    assert float(marks[0].get("cy")) == pytest.approx(178 - 132, abs=0.1)
-    assert (float(marks[2].get("cx")), float(marks[2].get("cy"))) == pytest.approx((230, 178), abs=0.1)
+    assert float(marks[0].get("cy")) == pytest.approx(150 - 104, abs=0.1)
+    assert (float(marks[2].get("cx")), float(marks[2].get("cy"))) == pytest.approx((200, 150), abs=0.1)
 
 
 def test_small_plots():
@@ -1006,7 +1016,7 @@ def test_small_plots():
     assert nodes["published"].get("d").startswith("M95.2")
     plot = svg(precision_recall({"recall": [0, 0.5, None, 1], "precision": [1, 0.5, 0.2, None]}, "d"))
     line = next(node for node in plot.iter("path") if node.get("class") == "line ours")
-    assert line.get("d") == "M38.0 8.0L105.0 64.0"
+    assert line.get("d") == "M36.0 8.0L89.0 55.0"
     assert "undefined" in "".join(svg(precision_recall({"recall": [], "precision": []}, "d")).itertext())
     many = {"recall": np.linspace(0, 1, 5000).tolist(), "precision": np.linspace(1, 0, 5000).tolist()}
     assert len(precision_recall(many, "d")) < 8000
