@@ -36,7 +36,21 @@ CHOICES_WITH_GPT2 = (
 def start(
     config: StageConfig, feature_size: int, processor: ChexProcessor
 ) -> tuple[ChexSentenceGenerator, PreTrainedTokenizerBase]:
-    """The generator before training, from a GPT-2 or from scratch, and its tokenizer."""
+    """
+    The generator before training, from a GPT-2 or from scratch, and its tokenizer.
+
+    With `objective_mode=official`, the prefix network has another activation (ReLU) than the configuration that is
+    saved with it, and so than in stage 3: officially it is unset here by mistake.
+    """
+    generator, tokenizer = _start(config, feature_size, processor)
+    if config.is_official and "prefix_act" not in config.model:
+        generator.prefix_projection.activation_fn = ACT2FN["relu"]
+    return generator, tokenizer
+
+
+def _start(
+    config: StageConfig, feature_size: int, processor: ChexProcessor
+) -> tuple[ChexSentenceGenerator, PreTrainedTokenizerBase]:
     if config.generator_init is not None:
         tokenizer = load_generator_tokenizer(config.generator_init)
     elif processor.generator_tokenizer is not None:
@@ -70,9 +84,6 @@ def build(config: StageConfig) -> StageParts:
         config.init_from, "Generator pre-training", post_decoder_config=None, generator_config=None
     )
     generator, tokenizer = start(config, encoder.config.projection_dim, processor)
-    if config.is_official and "prefix_act" not in config.model:
-        # Officially the activation is unset here, but not in stage 3: what is saved stays as configured.
-        generator.prefix_projection.activation_fn = ACT2FN["relu"]
     processor = ChexProcessor(processor.image_processor, processor.tokenizer, tokenizer)
     data = read_data(config.data, processor.image_processor)
     sentences, held_out = occurring_texts(data.train), occurring_texts(data.validation)
