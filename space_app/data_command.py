@@ -87,6 +87,14 @@ def prepare_command(
     raw: Raw = None,
     num_proc: NumProc = None,
     size: Annotated[int, typer.Option("--size", help="Shorter side of the images in pixels.")] = 256,
+    image_format: Annotated[
+        str,
+        typer.Option(
+            "--image-format",
+            metavar="FORMAT",
+            help="pgm: uncompressed, read fastest; png: two thirds of the space; jpeg: half of it, not lossless.",
+        ),
+    ] = "pgm",
     max_rejected: Annotated[
         float, typer.Option("--max-rejected", help="Percentage of images that may be unusable.")
     ] = 1.0,
@@ -110,6 +118,7 @@ def prepare_command(
             out,
             data_dir=data_dir,
             size=size,
+            image_format=image_format,
             num_proc=num_proc,
             max_rejected=max_rejected,
             options=parse_options(source, option or ()) | folders,

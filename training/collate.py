@@ -31,6 +31,8 @@ MIN_BOX_SIDE = 1e-3
 NUM_ANATOMIES = len(ANATOMY_NAMES)
 TEXT_COLUMNS = ("sentences", "anatomy_sentences", "objects")
 _OTHER_SIDE = {"left": "right", "right": "left"}
+# As Pillow writes it: bare bytes follow, which are not worth a decoder.
+_PGM = re.compile(rb"P5\n(\d+) (\d+)\n255\n")
 _SIDE = re.compile(r"\b(?:left|right)(?=\b|ward|most\b|sided\b)", re.IGNORECASE)
 
 
@@ -223,10 +225,9 @@ class RecordReader:
         """uint8 (N, 1, side, side): the squares that the network sees."""
         column = table["image"].combine_chunks()
         images = np.empty((len(column), 1, self.side, self.side), dtype=np.uint8)
-        for output, item in zip(images, column.to_pylist(), strict=True):
-            with PIL.Image.open(io.BytesIO(item["bytes"]) if item["bytes"] is not None else item["path"]) as picture:
-                # other modes may hold more than 8 bits, which `convert` would cut off
-                grey = np.asarray(picture) if picture.mode == "L" else np.rint(load_image(picture) * 255)
+        stored = (pc.struct_field(column, name) for name in ("bytes", "path"))
+        for output, data, path in zip(images, *stored, strict=True):
+            grey = _read_grey(data.as_buffer() if data.is_valid else path.as_py())
             frame = self.image_processor.frame(*grey.shape)
             x0, y0, x1, y1 = (int(edge) for edge in frame)
             if x1 - x0 == y1 - y0 == self.side and min(x0, y0) >= 0:  # nothing to resample
@@ -538,6 +539,17 @@ def normalised_boxes(boxes: np.ndarray, frames: np.ndarray) -> tuple[np.ndarray,
     clipped = corners.clip(0, 1)
     visible = (clipped[..., 1, :] - clipped[..., 0, :] > MIN_BOX_SIDE).all(-1)
     return corners_to_center_format(torch.from_numpy(clipped.reshape(boxes.shape))).numpy(), visible
+
+
+def _read_grey(stored: pa.Buffer | str) -> np.ndarray:
+    """The grey image (H, W) with values from 0 to 255 in the bytes of a file, or in the file of this name."""
+    if isinstance(stored, pa.Buffer) and (header := _PGM.match(stored)):
+        width, height = int(header[1]), int(header[2])
+        if stored.size - header.end() >= height * width:  # otherwise Pillow says what is wrong
+            return np.frombuffer(stored, np.uint8, height * width, header.end()).reshape(height, width)
+    with PIL.Image.open(io.BytesIO(stored) if isinstance(stored, pa.Buffer) else stored) as picture:
+        # other modes may hold more than 8 bits, which `convert` would cut off
+        return np.asarray(picture) if picture.mode == "L" else np.rint(load_image(picture) * 255)
 
 
 def _dense(column: pa.ChunkedArray | pa.Array, shape: tuple[int, ...], dtype: type) -> tuple[np.ndarray, np.ndarray]:

@@ -2,8 +2,8 @@
 Preparing a data set: raw downloads -> a folder of Parquet files with small images, ready for training.
 
 Images are scaled so that the shorter side has `size` pixels, uncropped, by exact area interpolation, and stored as
-grey PNG. Boxes, `height` and `width` stay those of the original. The work is cut into shards that depend on the data
-alone, so any number of processes writes the same bytes, and a run that was killed goes on where it stopped.
+grey PGM, PNG or JPEG. Boxes, `height` and `width` stay those of the original. The work is cut into shards that depend
+on the data alone, so any number of processes writes the same bytes, and a killed run goes on where it stopped.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from types import SimpleNamespace
 import datasets
 import filelock
 import numpy as np
-import PIL
+import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import scipy.sparse
@@ -85,7 +85,9 @@ SHARD_RECORDS = 1000
 # Small splits are cut finer, so that several processes and data loader workers have something to share out.
 MIN_SHARDS, MIN_SHARD_RECORDS = 16, 50
 ROW_GROUP = 100
-IMAGE_FORMAT = "PNG"
+# PGM is the bare bytes, which training reads in a small part of the time that PNG and JPEG take.
+IMAGE_FORMATS = ("pgm", "png", "jpeg")
+JPEG_QUALITY = 95
 MIN_SIZE = 32
 _SAMPLES = 8  # records that the estimate of disk space is made from
 
@@ -189,6 +191,7 @@ class _Recipe:
     source: SourceClass
     arguments: dict[str, object]
     size: int
+    image_format: str
 
     def builder(self) -> RawBuilder | PhantomSource:
         return self.source(**self.arguments)
@@ -228,11 +231,12 @@ class _Done:
 
 @dataclass(frozen=True)
 class _Target:
-    """Where shards and the notes on them are written, and how large the images are."""
+    """Where shards and the notes on them are written, and how large the images are, in which format."""
 
     folder: Path
     notes: Path
     size: int
+    image_format: str
 
 
 def prepare(
@@ -241,6 +245,7 @@ def prepare(
     *,
     data_dir: str | Path | None = None,
     size: int = 256,
+    image_format: str = "pgm",
     num_proc: int | None = None,
     max_rejected: float = 1.0,
     options: Mapping[str, object] | None = None,
@@ -257,6 +262,7 @@ def prepare(
         name: Of the data set (see `data_set_names`), or its builder.
         data_dir: Folder in which all raw downloads are looked for.
         size: Shorter side of the images in pixels; smaller ones are not enlarged.
+        image_format: "pgm" (uncompressed, fastest), "png" (lossless) or "jpeg" (quality 95: the smallest).
         num_proc: Processes; default: one for each core. The result does not depend on it.
         max_rejected: Percentage of images that may be unusable before the preparation stops.
         options: Of the builder, with `{key}_dir` for single raw downloads.
@@ -276,6 +282,8 @@ def prepare(
     source = source_class(name) if isinstance(name, str) else name
     if isinstance(size, bool) or not isinstance(size, int) or size < MIN_SIZE:
         raise ValueError(f"size must be an integer of at least {MIN_SIZE} pixels, got {size!r}.")
+    if image_format not in IMAGE_FORMATS:
+        raise ValueError(f"image_format must be one of {', '.join(IMAGE_FORMATS)}, got {image_format!r}.")
     if num_proc is not None and num_proc < 1:
         raise ValueError(f"num_proc must be at least 1, got {num_proc}.")
     if not 0 <= max_rejected <= 100:
@@ -288,7 +296,7 @@ def prepare(
         arguments.setdefault("image_size", size)
     # Constructing a builder makes its cache folder, in which nothing is kept here.
     with tempfile.TemporaryDirectory(prefix="chex-prepare-") as cache_dir:
-        recipe = _Recipe(source, arguments | {"cache_dir": cache_dir}, size)
+        recipe = _Recipe(source, arguments | {"cache_dir": cache_dir}, size, image_format)
         builder = recipe.builder()
         with _locked(out):
             return _Preparation(recipe, builder, out, max_rejected, overwrite, say).run(num_proc or _cores())
@@ -347,11 +355,13 @@ class _Preparation:
             "size": recipe.size,
             "images": {split: len(items) for split, items in splits.items()},
         }
+        if recipe.image_format != "png":  # once the only one, so that folders made then are recognised
+            settings["image_format"] = recipe.image_format
         self.plan = _digest(settings)
         self.fingerprint = _digest([settings, [shard.inputs for shard in self.shards]])
         # `prepared` becomes `out`; `shards` holds the notes on finished ones; `replaced` is the old `out` in a swap.
         self.work = out.parent / f"{out.name}.partial-{self.plan}"
-        self.target = _Target(self.work / "prepared", self.work / "shards", recipe.size)
+        self.target = _Target(self.work / "prepared", self.work / "shards", recipe.size, recipe.image_format)
         self.folder, self.notes = self.target.folder, self.target.notes
         self.done: dict[int, _Done] = {}
 
@@ -442,7 +452,7 @@ class _Preparation:
         sizes = []
         for item in items[:: max(len(items) // _SAMPLES, 1)][:_SAMPLES]:
             with contextlib.suppress(DroppedRecord, RejectedRecord):
-                sizes.append(len(_row(self.builder, item, self.recipe.size)["image"]["bytes"]))
+                sizes.append(len(_row(self.builder, item, self.target)["image"]["bytes"]))
         if not sizes:
             return
         # 2 kB for everything beside the image; a tenth of reserve.
@@ -561,7 +571,7 @@ class _Preparation:
             title=self.builder.TITLE,
             fingerprint=self.fingerprint,
             size=self.recipe.size,
-            image_format=IMAGE_FORMAT,
+            image_format=self.recipe.image_format.upper(),
             options=self.options,
             classes=tuple(record_classes(self.builder.info.features)),
             filters={name: dict(counts) for name, counts in self.builder.counts.items()},
@@ -700,7 +710,7 @@ def _build_shard(
     builder.notes.clear()
     for item in shard.items:
         try:
-            rows.append(features.encode_example(_row(builder, item, target.size)))
+            rows.append(features.encode_example(_row(builder, item, target)))
         except DroppedRecord as error:
             dropped[str(error)] += 1
         except RejectedRecord as error:
@@ -753,12 +763,21 @@ def read_record(builder: RawBuilder | PhantomSource, item: dict) -> dict:
     return record | {"height": found[0], "width": found[1], "image": image}
 
 
-def _row(builder: RawBuilder | PhantomSource, item: dict, size: int) -> dict:
+def _row(builder: RawBuilder | PhantomSource, item: dict, target: _Target) -> dict:
     """The record of one item with its image as prepared; raises like `read_record`."""
     record = read_record(builder, item)
-    # Lossless: JPEG of quality 95 has two thirds of the bytes and is written and read faster, but moves pixels by 1.4
-    # grey levels on average (benchmarks/preparation_speed.py).
-    return record | {"image": {"bytes": encode_png(shrink(record["image"], size)), "path": None}}
+    data = encode_image(shrink(record["image"], target.size), target.image_format)
+    return record | {"image": {"bytes": data, "path": None}}
+
+
+def encode_image(image: np.ndarray, image_format: str) -> bytes:
+    """An (H, W) uint8 image as a file in one of `IMAGE_FORMATS`."""
+    if image_format == "png":
+        return encode_png(image)
+    buffer = io.BytesIO()
+    name, options = ("PPM", {}) if image_format == "pgm" else ("JPEG", {"quality": JPEG_QUALITY})
+    PIL.Image.fromarray(image).save(buffer, name, **options)
+    return buffer.getvalue()
 
 
 def shrink(image: np.ndarray, size: int) -> np.ndarray:
@@ -901,8 +920,10 @@ __all__ = [
     "PhantomSource",
     "PreparationError",
     "PreparationInterrupted",
+    "IMAGE_FORMATS",
     "card",
     "data_set_names",
+    "encode_image",
     "prepare",
     "read_record",
     "shrink",

@@ -55,7 +55,7 @@ class PreparedInfo:
         dataset, title: Name on the command line, and as in messages.
         fingerprint: Of everything that the folder was made from: raw files, options, size, version of the code.
         size: Shorter side of the images in pixels; smaller originals keep their size.
-        image_format: As in Pillow.
+        image_format: Of the images: PGM, PNG or JPEG.
         options: Of the builder.
         classes: Finding classes in index order.
         filters: Split or table -> images left after each filter of the tables, in the order of the filters.
