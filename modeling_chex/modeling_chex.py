@@ -1,6 +1,7 @@
 """ChEX: interactive localisation and description of regions in chest X-rays (Müller et al., ECCV 2024)."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -478,6 +479,62 @@ class ChexModel(ChexPreTrainedModel):
             return self._per_query(generated, query_mask)
         generated.sequences = self._per_query(generated.sequences, query_mask)
         return generated
+
+    @torch.no_grad()
+    def report(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_features: ChexImageFeatures | None = None,
+        *,
+        processor: Any,
+        original_sizes: torch.Tensor | None = None,
+        image_frames: torch.Tensor | None = None,
+        preset: str = "found",
+        queries: Any = None,
+        generation: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> list[dict[str, Any]]:
+        r"""
+        A report about each image: a sentence for each finding and region that is worth one, filtered by sign, without
+        repetitions, and each with the boxes of the prompt that it answers (ChEX, report generation).
+
+        ```python
+        >>> inputs = processor(images=["scan.png"])
+        >>> (report,) = model.report(**inputs, processor=processor, preset="paper")
+        ```
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(N, 3, S, S)`): Images; or give `image_features`.
+            image_features ([`ChexImageFeatures`]): Images that were encoded before.
+            processor ([`ChexProcessor`]): The processor of this model. It holds the prompts, the tokenizers and the
+                steps of a report.
+            original_sizes, image_frames (`torch.Tensor` of shapes `(N, 2)` and `(N, 4)`, *optional*): As the processor
+                gives them. Without sizes, boxes are relative to the square network input.
+            preset (`str`): `"found"` asks for eight common findings and describes those that are found; `"paper"` asks
+                for the 14 of CheXpert and describes all, greedily. Both describe regions that look abnormal.
+            queries (*optional*): Encoded prompts, as from `processor.report_queries`.
+            generation (`dict`, *optional*): Arguments of `generate`.
+            options: Steps of the report in place of the preset's: `findings`, `regions`, `select_findings`,
+                `select_regions`, `sign`, `threshold`, `negatives`, `prefer`, `max_sentences`, `order`, ...; see
+                `ReportOptions` in `processing_chex/report.py`.
+
+        Returns:
+            `list` of N dictionaries with `text`, the report, and `sentences`, dictionaries of `text`, `name` (of the
+            finding class or region), `prompt`, `kind` ("finding" or "region"), `score` of the query, `abnormality`,
+            `box` around everything that was found (xyxy pixels of the original image, or `None`), `regions` (what
+            scores above the threshold, without duplicates, best first) and `candidates` (all regions of the query),
+            both as dictionaries of `box` and `score`.
+
+        Raises:
+            ValueError: The model has no sentence generator, no image is given, or an option is not allowed.
+        """
+        if image_features is None:
+            if pixel_values is None:
+                raise ValueError("ChexModel needs `pixel_values`, or `image_features` of images encoded before.")
+            image_features = self.get_image_features(pixel_values)
+        return processor.write_reports(
+            self, image_features, original_sizes, image_frames, preset, queries, generation, **options
+        )
 
     def _per_query(self, sequences: torch.LongTensor, query_mask: torch.BoolTensor) -> torch.LongTensor:
         """Puts K sequences (V*K, T) for each of V valid queries into their places: (N, Q, T), or (N, Q, K, T)."""

@@ -72,6 +72,69 @@ class Explanation:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
 
 
+@dataclass(frozen=True)
+class ReportSentence:
+    """A sentence of a report with the query that it answers. Boxes are `xyxy` pixels of the original image.
+
+    Attributes:
+        text: the sentence.
+        name: of the finding class or region.
+        prompt: the text that the model was asked with.
+        kind: "finding" or "region".
+        score: of the query as a whole.
+        abnormality: probability that the query shows something abnormal.
+        box: around everything that was found, None if nothing is present.
+        regions: the regions above the threshold without duplicates, best first.
+        candidates: all regions of the query with their scores, best first.
+    """
+
+    text: str
+    name: str
+    prompt: str
+    kind: str
+    score: float
+    abnormality: float
+    box: tuple[float, float, float, float] | None
+    regions: tuple[Region, ...]
+    candidates: tuple[Region, ...]
+
+    @classmethod
+    def from_dict(cls, sentence: Mapping[str, Any]) -> "ReportSentence":
+        """Of a dictionary from `ChexModel.report`, rounded."""
+        rounded = {name: round(sentence[name], 4) for name in ("score", "abnormality")}
+        rounded["box"] = sentence["box"] and tuple(round(edge, 2) for edge in sentence["box"])
+        for name in ("regions", "candidates"):
+            rounded[name] = tuple(
+                Region(tuple(round(edge, 2) for edge in region["box"]), round(region["score"], 4))
+                for region in sentence[name]
+            )
+        return cls(**{**sentence, **rounded})
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report about one image of `width` x `height` pixels; `frame` is the part that the network saw, `xyxy`."""
+
+    image: str
+    width: int
+    height: int
+    frame: tuple[float, float, float, float]
+    sentences: tuple[ReportSentence, ...]
+
+    @property
+    def text(self) -> str:
+        """All sentences in one paragraph; empty if nothing is worth one."""
+        return " ".join(sentence.text for sentence in self.sentences)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, for JSON, the `text` included."""
+        return json.loads(json.dumps(asdict(self) | {"text": self.text}))
+
+    def to_json(self) -> str:
+        """`to_dict` as an indented JSON document."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
+
 class ChexPipeline(Pipeline):
     """Answers prompts and boxes about chest radiographs: each image is encoded once, for all of its queries.
 
@@ -94,7 +157,8 @@ class ChexPipeline(Pipeline):
         sentences (`bool`): Whether to describe; by default if the model has a sentence generator.
         generate_kwargs (`dict`): Arguments of `ChexModel.generate`, such as `{"num_beams": 3}`.
 
-    Each result is [`Explanation.to_dict`]. Unusable images, prompts and boxes raise a `ValueError` that names them.
+    Each result is [`Explanation.to_dict`]; `report` writes whole reports. Unusable images, prompts and boxes raise a
+    `ValueError` that names them.
     """
 
     _load_processor = True
@@ -102,6 +166,10 @@ class ChexPipeline(Pipeline):
     _load_image_processor = False
     _load_feature_extractor = False
     _load_video_processor = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._report_queries: dict[tuple, Any] = {}
 
     def _sanitize_parameters(
         self,
@@ -144,6 +212,109 @@ class ChexPipeline(Pipeline):
         inputs = self.preprocess(image, prompts, boxes, geometry)
         outputs = self.forward(inputs, sentences=sentences, generate_kwargs=generate_kwargs)
         return self._explanation(outputs, threshold)
+
+    @torch.no_grad()
+    def report(
+        self,
+        image: Any,
+        threshold: float | None = None,
+        geometry: str | None = None,
+        preset: str = "found",
+        generate_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> "Report | list[Report]":
+        """Write a report: a sentence for each finding and region that is worth one, with its boxes.
+
+        Args:
+            image: anything that the processor reads, such as a path; or a list of images, which go through the model
+                together and give a list of reports.
+            threshold: regions with a score above it are found; default 0.5.
+            geometry: `"center_crop"` or `"letterbox"`; default as saved with the processor.
+            preset: `"found"` describes those of eight common findings that are found, `"paper"` all 14 of CheXpert as
+                in the published evaluation; both describe regions that look abnormal.
+            generate_kwargs: arguments of `ChexModel.generate`, which may also be given by themselves.
+            options: single steps in place of the preset's, such as `findings="chexpert"`, `max_sentences=5` or
+                `negatives="drop"`: those of `ReportOptions` in `processing_chex/report.py`.
+
+        Raises:
+            ValueError: for an unusable image, an option that is not allowed, or a model without a sentence generator.
+        """
+        several = isinstance(image, (list, tuple))
+        images = list(image) if several else [image]
+        if not images:
+            return []
+        geometry = {"geometry": geometry} if geometry is not None else {}
+        inputs = self.processor(images=images, return_tensors="pt", **geometry).to(self.device)
+        features = self.model.get_image_features(inputs["pixel_values"])
+        sizes, frames = inputs["original_sizes"].cpu(), inputs["image_frames"].cpu()
+        if threshold is not None:
+            options["threshold"] = threshold
+        found = self._report_sentences(features, sizes, frames, preset, generate_kwargs, options)
+        reports = [
+            Report(
+                **describe_image(name, sizes[number : number + 1], frames[number : number + 1]), sentences=sentences
+            )
+            for number, (name, sentences) in enumerate(zip(images, found, strict=True))
+        ]
+        return reports if several else reports[0]
+
+    @torch.no_grad()
+    def report_about(
+        self,
+        image_features: Any,
+        original_sizes: torch.Tensor,
+        image_frames: torch.Tensor,
+        preset: str = "found",
+        generate_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> tuple[ReportSentence, ...]:
+        """The sentences of a report about one image that is encoded.
+
+        Args:
+            image_features: as from `ChexModel.get_image_features`.
+            original_sizes, image_frames: (1, 2) and (1, 4), as from the processor.
+            preset, generate_kwargs, options: as for `report`.
+        """
+        (sentences,) = self._report_sentences(
+            image_features, original_sizes, image_frames, preset, generate_kwargs, options
+        )
+        return sentences
+
+    def _report_sentences(
+        self,
+        image_features: Any,
+        original_sizes: torch.Tensor,
+        image_frames: torch.Tensor,
+        preset: str,
+        generate_kwargs: Mapping[str, Any] | None,
+        options: Mapping[str, Any],
+    ) -> list[tuple[ReportSentence, ...]]:
+        known = self.processor.report_option_names
+        own = {name: value for name, value in options.items() if name in known}
+        generation = {name: value for name, value in options.items() if name not in known} | dict(
+            generate_kwargs or {}
+        )
+        if self.model.config.generator_config is None:
+            raise ValueError(
+                "This model has no sentence generator, as after training stages 1 and 2: load a model of stage 3 to "
+                "write reports."
+            )
+        # The prompts are encoded once for all images that follow.
+        asked = (preset, *(str(own.get(name)) for name in ("findings", "regions")))
+        queries = self._report_queries.get(asked)
+        if queries is None:
+            queries = self._report_queries[asked] = self.processor.report_queries(self.model, preset, **own)
+        reports = self.model.report(
+            image_features=image_features,
+            processor=self.processor,
+            original_sizes=original_sizes,
+            image_frames=image_frames,
+            preset=preset,
+            queries=queries,
+            generation=generation,
+            **own,
+        )
+        return [tuple(map(ReportSentence.from_dict, report["sentences"])) for report in reports]
 
     def preprocess(
         self,
@@ -344,4 +515,15 @@ def _rounded(box: torch.Tensor) -> tuple[float, float, float, float]:
     return tuple(round(edge, 2) for edge in box.tolist())
 
 
-__all__ = ["TASK", "Answer", "ChexPipeline", "Explanation", "Region", "add_code", "describe_image", "save_with_code"]
+__all__ = [
+    "TASK",
+    "Answer",
+    "ChexPipeline",
+    "Explanation",
+    "Region",
+    "Report",
+    "ReportSentence",
+    "add_code",
+    "describe_image",
+    "save_with_code",
+]

@@ -23,6 +23,7 @@ from .box_geometry import (
 )
 from .errors import ChexInputError
 from .image_processing_chex import ChexImageProcessor
+from .report import OPTION_NAMES, ReportQueries, report_options, report_queries, write_reports
 
 
 MAX_PROMPT_CHARACTERS = 1000
@@ -55,6 +56,8 @@ class ChexProcessor(ProcessorMixin):
     # Call-time defaults, in the way of transformers 5.
     text_kwargs = {"padding": True, "truncation": True}
     images_kwargs = {"return_tensors": "pt"}
+    # What `write_reports` takes as options, for those who pass on keyword arguments.
+    report_option_names = OPTION_NAMES
 
     def __init__(self, image_processor=None, tokenizer=None, generator_tokenizer=None):
         if generator_tokenizer is None:
@@ -174,6 +177,31 @@ class ChexProcessor(ProcessorMixin):
         text_kwargs = {"max_length": context_length, **text_kwargs, "return_tensors": "np"}
         encoded = self.tokenizer(prompts, **text_kwargs)
         return {name: encoded[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
+
+    def encode_boxes(
+        self,
+        boxes: Any,
+        original_sizes: Any,
+        image_frames: Any,
+        images: Sequence[Any] = (),
+        return_tensors: str | None = None,
+    ) -> BatchFeature:
+        """Query boxes for images that were processed before, as when an image is encoded once and asked about often.
+
+        Args:
+            boxes: as those of a call.
+            original_sizes (B, 2), image_frames (B, 4): from that call.
+            images: the images or their paths, for names in error messages.
+            return_tensors: "pt", "np" or None.
+
+        Returns:
+            `query_boxes` (B, M, 4), normalised `cxcywh`, and `box_mask` (B, M).
+
+        Raises:
+            ChexInputError: for a wrong box, or lengths that differ.
+        """
+        frames, sizes = np.asarray(image_frames), np.asarray(original_sizes)
+        return BatchFeature(self._encode_boxes(boxes, images, frames, sizes), tensor_type=return_tensors)
 
     def _encode_boxes(
         self, boxes: Any, images: Sequence[Any], frames: np.ndarray, sizes: np.ndarray
@@ -337,6 +365,38 @@ class ChexProcessor(ProcessorMixin):
                 }
             )
         return results
+
+    def report_queries(self, model: Any, preset: str = "found", **options: Any) -> ReportQueries:
+        """Encode the prompts of reports, for `ChexModel.report(queries=...)`. Options as those of `write_reports`."""
+        chosen = report_options(preset, **options)
+        return report_queries(model, self, chosen.findings, chosen.region_names)
+
+    def write_reports(
+        self,
+        model: Any,
+        image_features: Any,
+        original_sizes: Tensor | np.ndarray | None = None,
+        image_frames: Tensor | np.ndarray | None = None,
+        preset: str = "found",
+        queries: ReportQueries | None = None,
+        generation: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> list[dict[str, Any]]:
+        """Reports about images that are encoded: what `ChexModel.report` returns, which calls this.
+
+        Args:
+            model: the `ChexModel` that has encoded them.
+            image_features, original_sizes, image_frames: of N images.
+            preset: "found" or "paper", see `report.ReportOptions`.
+            queries: as from `report_queries` with the same options.
+            generation: of `ChexModel.generate`.
+            options: of `report.ReportOptions`, in place of those of the preset.
+
+        Raises:
+            ValueError: for an unknown option or value, or a model without a sentence generator.
+        """
+        chosen = report_options(preset, **options)
+        return write_reports(model, self, image_features, original_sizes, image_frames, chosen, queries, generation)
 
     def _to_pixels(self, boxes: Tensor, target_sizes: Any, image_frames: Any) -> tuple[Tensor, Tensor | None]:
         """(B, ..., 4) normalised `cxcywh` -> `xyxy` pixels, and the sizes (B, 2) to clip to, if they are known."""

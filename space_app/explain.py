@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,62 +10,14 @@ import torch
 from transformers.utils import logging
 
 from modeling_chex import ChexModel
-from modeling_chex.pipeline_chex import TASK, ChexPipeline, Region, describe_image
+from modeling_chex.pipeline_chex import TASK, ChexPipeline, Report, ReportSentence
 from processing_chex import ChexInputError, ChexProcessor
-from processing_chex.processing_chex import MAX_PROMPT_CHARACTERS, validate_prompts
+from processing_chex.processing_chex import validate_prompts
 from processing_chex.prompt_sets import class_prompts
-from processing_chex.report import ReportQueries, deduplicate, sentence_similarity
-
-
-@dataclass(frozen=True)
-class ReportSentence:
-    """A sentence of a report with the query that it answers.
-
-    Attributes:
-        text: the sentence.
-        prompt: name of the finding class or region.
-        kind: "finding" or "region".
-        score: of the query as a whole.
-        abnormality: probability that the query shows something abnormal.
-        box: `xyxy` pixels around everything that the model considered, None if nothing is present.
-        regions: the regions above the threshold without duplicates, best first.
-    """
-
-    text: str
-    prompt: str
-    kind: str
-    score: float
-    abnormality: float
-    box: tuple[float, float, float, float] | None
-    regions: tuple[Region, ...]
-
-
-@dataclass(frozen=True)
-class Report:
-    """A report about one image of `width` x `height` pixels; `frame` is the part that the network saw, `xyxy`."""
-
-    image: str
-    width: int
-    height: int
-    frame: tuple[float, float, float, float]
-    sentences: tuple[ReportSentence, ...]
-
-    @property
-    def text(self) -> str:
-        """All sentences in one paragraph; empty if nothing is worth one."""
-        return " ".join(sentence.text for sentence in self.sentences)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings, for JSON, the `text` included."""
-        return json.loads(json.dumps(asdict(self) | {"text": self.text}))
-
-    def to_json(self) -> str:
-        """`to_dict` as an indented JSON document."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
 
 
 class ChexExplainer(ChexPipeline):
-    """Explains radiographs and writes reports about them: the pipeline `chest-xray-explanation` with `report`.
+    """The pipeline `chest-xray-explanation` of a model folder: explains radiographs and writes reports about them.
 
     Args:
         model: in evaluation mode, on the device that is to be used.
@@ -75,7 +26,6 @@ class ChexExplainer(ChexPipeline):
 
     def __init__(self, model: ChexModel, processor: ChexProcessor):
         super().__init__(model=model, processor=processor, task=TASK, device=model.device)
-        self._queries: dict[str, ReportQueries] = {}
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ChexExplainer":
@@ -85,65 +35,6 @@ class ChexExplainer(ChexPipeline):
             ChexInputError: naming the missing or damaged part.
         """
         return cls(*load_model(folder, sentences=False))
-
-    @torch.no_grad()
-    def report(
-        self,
-        image: Any,
-        threshold: float = 0.5,
-        geometry: str | None = None,
-        findings: str = "phantom",
-        max_sentences: int = 10,
-        **generate_kwargs: Any,
-    ) -> Report:
-        """Write a report: a sentence for each finding that is found and for each region that looks abnormal.
-
-        Args:
-            image: anything that `ChexProcessor` reads, such as a path.
-            threshold: a finding is found if one of its regions has a score above it.
-            geometry: `"center_crop"` or `"letterbox"`; default as saved with the processor.
-            findings: the data set whose classes are looked for, as `class_prompts` takes it: eight common findings by
-                default; `"chexpert"` for the 14 of the published evaluation.
-            max_sentences: from here on, sentences that resemble others a little less are dropped too.
-            generate_kwargs: of `ChexModel.generate`.
-
-        Raises:
-            ValueError: for an unusable image, or a model without a sentence generator.
-        """
-        options = {"geometry": geometry} if geometry is not None else {}
-        inputs = self.processor(images=[image], **options).to(self.device)
-        if findings not in self._queries:
-            self._queries[findings] = ReportQueries.encode(class_prompts(findings), self._encode_texts)
-        queries = self._queries[findings]
-        outputs = self.model(pixel_values=inputs["pixel_values"], prompt_features=queries.features)
-        abnormality = self.model.classify(outputs.query_features, queries.positive, queries.negative).squeeze(-1)
-        selected = queries.select(abnormality, (outputs.region_scores > threshold).any(-1))
-        token_ids = self.model.generate(query_features=outputs.query_features, query_mask=selected, **generate_kwargs)
-        sizes, frames = inputs["original_sizes"], inputs["image_frames"]
-        answers = self.answers(outputs, token_ids, sizes, frames, queries.names, threshold=threshold)
-        sentences = [
-            ReportSentence(
-                text=answer.sentence,
-                prompt=answer.query,
-                kind="finding" if index < queries.num_findings else "region",
-                score=answer.score,
-                abnormality=round(float(abnormality[0, index]), 4),
-                box=answer.box,
-                regions=answer.regions,
-            )
-            for index, answer in enumerate(answers)
-            if selected[0, index] and answer.sentence
-        ]
-        similarity = sentence_similarity(self._encode_texts([sentence.text for sentence in sentences]))
-        kept = deduplicate(similarity, [sentence.score for sentence in sentences], max_sentences)
-        about = describe_image(image, sizes, frames)
-        return Report(**about, sentences=tuple(sentences[index] for index in kept))
-
-    def _encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """n texts -> (n, D) prompt features."""
-        # A generated sentence may exceed what is accepted of a user; the encoder reads only its beginning anyway.
-        encoded = self.processor(text=[text[:MAX_PROMPT_CHARACTERS] for text in texts]).to(self.device)
-        return self.model.get_prompt_features(encoded["input_ids"])
 
 
 def default_prompts() -> list[str]:
@@ -246,3 +137,14 @@ def _check_tokenizers(folder: Path, config: dict[str, Any], processor: ChexProce
         raise ChexInputError(
             f"The model folder {folder} has no generator_tokenizer folder: save the whole `ChexProcessor` into it."
         )
+
+
+__all__ = [
+    "ChexExplainer",
+    "Report",
+    "ReportSentence",
+    "check_max_length",
+    "default_prompts",
+    "load_model",
+    "parse_box",
+]

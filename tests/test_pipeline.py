@@ -15,9 +15,6 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from modeling_chex import ChexModel, ChexPipeline
 from processing_chex import ChexInputError
-from processing_chex.prompt_sets import class_prompts
-from processing_chex.report import ReportQueries, deduplicate, sentence_similarity
-from processing_chex.vocabulary import ANATOMY_NAMES, REPORT_ANATOMY_INDICES
 from space_app.explain import ChexExplainer, default_prompts
 
 from .image_factory import gradient, save_dicom, save_image
@@ -236,53 +233,6 @@ def test_image_is_encoded_once_for_prompts_and_boxes(explainer, png, monkeypatch
     assert len(calls) == 1
 
 
-def test_report(explainer, png, monkeypatch):
-    report = explainer.report(png, threshold=FOUND)
-    prompts = class_prompts("phantom")
-    regions = [ANATOMY_NAMES[index] for index in REPORT_ANATOMY_INDICES]
-    order = [*prompts.names, *regions]
-    named = [sentence.prompt for sentence in report.sentences]
-    assert named == [name for name in order if name in named]  # findings first, none twice
-    assert report.text == " ".join(sentence.text for sentence in report.sentences) != ""
-    assert json.loads(report.to_json()) == report.to_dict() and report.to_dict()["text"] == report.text
-    assert (report.image, report.width, report.height) == (str(png), 120, 90)
-
-    # Each sentence is the answer to its own prompt, with its boxes.
-    queries = [*(prompts.box[name][0] for name in prompts.names), *(name.capitalize() for name in regions)]
-    for sentence in report.sentences:
-        index = order.index(sentence.prompt)
-        (answer,) = explainer.explain(png, queries[index : index + 1], threshold=FOUND).answers
-        assert sentence.kind == ("finding" if index < len(prompts.names) else "region")
-        assert sentence.text == answer.sentence
-        assert sentence.score == pytest.approx(answer.score, abs=2e-4)
-        assert sentence.box == pytest.approx(answer.box, abs=0.02)
-        assert sentence.kind == "finding" or sentence.abnormality > 0.5
-
-    # With a threshold that nothing reaches there are no findings; then without regions there is nothing at all.
-    assert {sentence.kind for sentence in explainer.report(png, threshold=0.99).sentences} <= {"region"}
-    monkeypatch.setattr(ChexModel, "classify", staticmethod(lambda features, *_: torch.zeros(*features.shape[:-1], 1)))
-    empty = explainer.report(png, threshold=0.99)
-    assert (empty.text, empty.sentences) == ("", ())
-    json.dumps(empty.to_dict())
-
-
-def test_report_keeps_unlike_sentences_of_selected_queries(explainer, png, monkeypatch):
-    """All queries selected: what remains is what `deduplicate` leaves of the sentences in the order of the prompts."""
-    monkeypatch.setattr(ReportQueries, "select", lambda self, probability, present: torch.ones_like(present))
-    monkeypatch.setattr("space_app.explain.deduplicate", lambda similarity, *_: list(range(len(similarity))))
-    everything = explainer.report(png).sentences
-    assert len(everything) == 8 + len(REPORT_ANATOMY_INDICES)
-    monkeypatch.undo()
-    monkeypatch.setattr(ReportQueries, "select", lambda self, probability, present: torch.ones_like(present))
-    kept = explainer.report(png).sentences
-    texts = [sentence.text for sentence in everything]
-    with torch.no_grad():
-        encoded = explainer.processor(text=texts)
-        similarity = sentence_similarity(explainer.model.get_prompt_features(encoded["input_ids"]))
-    assert 0 < len(kept) < len(everything)  # a random generator repeats itself
-    assert list(kept) == [everything[i] for i in deduplicate(similarity, [item.score for item in everything])]
-
-
 def test_report_errors(explainer, tmp_path, png):
     with pytest.raises(ValueError, match="Choose one of"):
         explainer.report(png, findings="nothing of the kind")
@@ -290,14 +240,6 @@ def test_report_errors(explainer, tmp_path, png):
         explainer.report(tmp_path / "missing.png")
     with pytest.raises(ValueError, match="no sentence generator"):
         ChexExplainer.from_pretrained(save_tiny_model(tmp_path, stage=1)).report(png)
-
-
-def test_select_findings_by_presence_and_regions_by_sign():
-    queries = ReportQueries(("a", "b", "c", "d"), 2, *torch.zeros(3, 1, 2))
-    probability = torch.tensor([[0.9, 0.1, 0.9, 0.1]])
-    present = torch.tensor([[False, True, False, True]])
-    assert queries.select(probability, present).tolist() == [[False, True, True, False]]
-    assert queries.select(probability, present, all_findings=True).tolist() == [[True, True, True, False]]
 
 
 # The README
