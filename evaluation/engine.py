@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.bootstrap import DEFAULT_SEED
 from evaluation.inference import CHUNK_IMAGES, DataSource, Job, ModelSource, SplitData, plan_jobs, predict_split
 from evaluation.processes import Processes
 from evaluation.results import SCHEMA, code_digest, read_task, write_bootstrap, write_results, write_task
@@ -86,7 +87,7 @@ class Options:
 
     split: str = "test"
     resamples: int = 250
-    seed: int = 2147483647
+    seed: int = DEFAULT_SEED
     metrics: tuple[str, ...] | None = None
     optimize: bool = False
     official: bool = False

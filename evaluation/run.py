@@ -170,7 +170,7 @@ def run(arguments: argparse.Namespace, folders: dict[str, Path], command: str) -
     print(f"\n{format_results(results)}\n")
     for name, reason in results["skipped"].items():
         print(f"{name}: not run: {reason}")
-    print("\n".join(f"Written: {file}" for file in (path, path.with_suffix(".csv"), *pages)))
+    print("\n".join(f"Written: {file}" for file in (path, *pages) if file.suffix != ".svg"))
     return 0
 
 

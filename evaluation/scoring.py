@@ -4,15 +4,15 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evaluation.bootstrap import draw_counts
+from evaluation.bootstrap import Statistic, point_estimate, resample, summarise
 from evaluation.curves import calibration, match_detections, pairwise_iou, precision_recall
 from evaluation.examples import Example, make_examples
 from evaluation.predictions import PredictionError, Predictions
-from evaluation.tasks.catalog import FINDING_METRICS, Task
+from evaluation.tasks.catalog import FINDING_METRICS, OPTIONAL_METRICS, Task
 from evaluation.tasks.detection import Candidates, post_process
 from evaluation.tasks.grounding import post_process_grounding
 from evaluation.tasks.records import Targets
@@ -28,15 +28,6 @@ logger = logging.getLogger(__name__)
 PRESENT = 0.5  # region score above which a box of a sentence is shown
 SHOWN_SCORE = 0.3  # of grounded boxes, as for `iou_at_30`
 _CHUNK_VALUES = 4_000_000  # of counts that are expanded from images to their units at once
-
-
-class Statistic(Protocol):
-    """A metric as a function of how often each unit was drawn; see `evaluation.bootstrap`."""
-
-    names: tuple[str, ...]
-    num_units: int
-
-    def __call__(self, counts: np.ndarray) -> np.ndarray: ...
 
 
 class PerImage:
@@ -194,7 +185,8 @@ def score_task(
     Raises:
         PredictionError: Predictions that do not fit the targets.
     """
-    wanted = tuple(name for name in task.metrics if metrics is None or name in metrics)
+    chosen = set(task.metrics) - set(OPTIONAL_METRICS) if metrics is None else set(metrics)
+    wanted = tuple(name for name in task.metrics if name in chosen)
     targets = split.targets(job.classes, processor.image_processor)
     inputs = Inputs(task, predictions, targets, job.classes, settings, labeler, labelers, wanted)
     scored = _SCORERS[task.kind](inputs)
@@ -228,47 +220,28 @@ def _bootstrap(
 ) -> tuple[dict[str, dict[str, Any]], np.ndarray | None]:
     """Metric -> its values, in the order of the catalogue; and all resamples (B, metrics)."""
     found: dict[str, tuple[dict[str, Any], np.ndarray]] = {}
-    drawn: dict[int, np.ndarray] = {}
 
-    def summarise(statistic: Statistic) -> tuple[np.ndarray, np.ndarray]:
-        units = statistic.num_units
-        if not units:
-            return np.full(len(statistic.names), np.nan), np.full((resamples, len(statistic.names)), np.nan)
-        if units not in drawn:
-            drawn[units] = draw_counts(units, resamples, seed) if resamples else np.zeros((0, units))
-        return statistic(np.ones((1, units)))[0], statistic(drawn[units])
+    def values_of(statistic: Statistic) -> tuple[np.ndarray, np.ndarray]:
+        drawn = resample(statistic, resamples, seed) if resamples else np.zeros((0, len(statistic.names)))
+        return point_estimate(statistic), drawn
 
     for part in scored.parts:
         chosen = {own: name for own, name in part.names.items() if name in wanted}
         if not chosen:
             continue
-        point, values = summarise(part.statistic)
-        official = summarise(part.official) if part.official is not None else None
+        points, values = values_of(part.statistic)
+        official = values_of(part.official) if part.official is not None else None
         for own, name in chosen.items():
             column = part.statistic.names.index(own)
-            entry = _summary(point[column], values[:, column])
+            entry: dict[str, Any] = summarise(points[column], values[:, column])
             if official is not None and own in part.official.names:
                 place = part.official.names.index(own)
-                full = _summary(official[0][place], official[1][:, place])
+                full = summarise(official[0][place], official[1][:, place])
                 entry["official"] = {key: full[key] for key in ("value", "mean", "std")}
             found[name] = (entry, values[:, column])
     order = [name for name in wanted if name in found]
     raw = np.stack([found[name][1] for name in order], axis=1) if order and resamples else None
     return {name: found[name][0] for name in order}, raw
-
-
-def _summary(point: float, values: np.ndarray) -> dict[str, Any]:
-    defined = values[np.isfinite(values)]
-    low, high = np.percentile(defined, [2.5, 97.5]) if len(defined) else (np.nan, np.nan)
-    numbers = {
-        "value": float(point),
-        "mean": float(defined.mean()) if len(defined) else np.nan,
-        "std": float(defined.std()) if len(defined) else np.nan,
-        "low": float(low),
-        "high": float(high),
-    }
-    plain = {name: value if np.isfinite(value) else None for name, value in numbers.items()}
-    return plain | {"undefined": int(len(values) - len(defined))}
 
 
 def _number(value: float | None) -> float | None:
@@ -521,6 +494,8 @@ def _score_region_classification(inputs: Inputs) -> Scored:
         for index, name in enumerate(inputs.classes)
     ]
     known = present[..., None] & (labels >= 0)
+    if not known.any():
+        scored.notes.append("No region of this split has labels.")
     scored.curves = {"calibration": calibration(scores[known], labels[known] > 0)}
     scored.extra = {"regions": int(present.sum())}
     image_scores = np.full(inputs.images, np.nan)
@@ -559,11 +534,12 @@ def _region_labels(inputs: Inputs) -> np.ndarray:
 
 @dataclass
 class Texts:
-    """Generated and reference texts of units (regions, reports), and the image of each."""
+    """Generated and reference texts of units (regions, reports), the image of each, and whether it is normal."""
 
     generated: list[str]
     references: list[str]
     owners: np.ndarray
+    normal: np.ndarray | None = None
 
 
 def _score_texts(inputs: Inputs, texts: Texts) -> Scored:
@@ -575,6 +551,7 @@ def _score_texts(inputs: Inputs, texts: Texts) -> Scored:
         [texts.generated[index] for index in filled],
         [texts.references[index] for index in filled],
         texts.owners[filled],
+        texts.normal[filled] if texts.normal is not None else None,
     )
     scored.extra = {"texts": len(texts.references), "distinct_texts": len(set(texts.generated))}
     if not texts.references:
@@ -624,29 +601,35 @@ def _score_language(inputs: Inputs, scored: Scored, texts: Texts) -> None:
     def bleu() -> Statistic:
         from evaluation.metrics.bleu.bleu import BleuStatistic
 
-        return BleuStatistic.from_pairs(pairs)
+        return BleuStatistic(pairs)
 
     def rouge() -> Statistic:
         from evaluation.metrics.rouge_l.rouge_l import RougeLStatistic
 
-        return RougeLStatistic.from_pairs(pairs)
+        return RougeLStatistic(pairs)
 
     def meteor() -> Statistic:
         from evaluation.metrics.meteor.meteor import MeteorStatistic
 
-        return MeteorStatistic.from_pairs(pairs)
+        return MeteorStatistic(pairs, normal=texts.normal, mismatched=inputs.wants("meteor_ratio"))
 
     def cider() -> Statistic:
         from evaluation.metrics.cider.cider import CiderStatistic
 
-        return CiderStatistic.from_pairs(pairs)
+        return CiderStatistic(pairs)
 
-    makers = {("bleu1", "bleu2", "bleu3", "bleu4"): bleu, ("rouge_l",): rouge, ("meteor",): meteor, ("cider",): cider}
+    makers = {
+        ("bleu1", "bleu2", "bleu3", "bleu4"): bleu,
+        ("rouge_l",): rouge,
+        ("meteor", "meteor_normal", "meteor_abnormal", "meteor_ratio"): meteor,
+        ("cider",): cider,
+    }
     for names, maker in makers.items():
         if not inputs.wants(*names):
             continue
         try:
-            scored.parts.append(Part(maker(), {name: name for name in names}))
+            statistic = maker()
+            scored.parts.append(Part(statistic, {name: name for name in names if name in statistic.names}))
         except MetricUnavailable as error:
             scored.not_computed |= dict.fromkeys(names, str(error))
 
@@ -685,7 +668,17 @@ def _score_region_description(inputs: Inputs) -> Scored:
         for region in regions
     ]
     generated = predictions.texts["generated"]
-    scored = _score_texts(inputs, Texts(generated, references, predictions.owners))
+    normal = None
+    if all(target.anatomy_labels.shape[1] for target in inputs.targets):
+        normal = np.array(
+            [
+                not (target.anatomy_labels[region] > 0).any()
+                for target, regions in zip(inputs.targets, described, strict=True)
+                for region in regions
+            ],
+            dtype=bool,
+        )
+    scored = _score_texts(inputs, Texts(generated, references, predictions.owners, normal))
 
     def example(image: int) -> Example:
         shown = Example()
@@ -750,4 +743,4 @@ _SCORERS: dict[str, Callable[[Inputs], Scored]] = {
     "report_generation": _score_reports,
 }
 
-__all__ = ["Labelers", "Part", "PerImage", "Result", "Scored", "Statistic", "score_task"]
+__all__ = ["Labelers", "Part", "PerImage", "Result", "Scored", "score_task"]

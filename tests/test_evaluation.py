@@ -18,7 +18,7 @@ from evaluation.demo import HEADLINES, format_table, headline_metrics
 from evaluation.engine import NothingToRun, Options, evaluate_model
 from evaluation.files import write_text
 from evaluation.inference import open_data
-from evaluation.tasks.catalog import PAPER_TASKS
+from evaluation.tasks.catalog import METRICS, PAPER_TASKS
 from evaluation.tasks.detection import Candidates, DetectionSettings, keep_after_nms, post_process, scale_boxes
 from evaluation.tasks.examples import choose_examples, explain_examples
 from evaluation.tasks.records import frame_boxes, iterate_targets, read_targets
@@ -32,7 +32,12 @@ from training.data.phantom_text import label_text
 
 
 ALL = ("anatomy_localization", *PAPER_TASKS)
-QUIET = {"progress": False, "examples": 0}
+# METEOR starts a program, and has its own tests.
+QUIET = {
+    "progress": False,
+    "examples": 0,
+    "metrics": tuple({name for names in METRICS.values() for name in names if not name.startswith("meteor")}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +98,13 @@ def test_perfect_boxes_are_tuned_to_stay_as_they_are(perfect):
     assert perfect["tasks"]["rc_cig"]["tuning"] is None
 
 
-def test_envelope_of_all_boxes_joins_what_belongs_apart(perfect, data):
-    """The official fusion of NIH draws one box around both boxes of an edema."""
+def test_official_fusion_for_nih_takes_all_boxes_whatever_their_score(perfect, data):
+    """So it spoils an edema, which has a box on each side, and also one box beside boxes that score nothing."""
     rows = {row["name"]: row for row in perfect["tasks"]["od_nih8"]["per_class"]}
     edemas = [row for row in data["test"] if row["class_labels"][PHANTOM_CLASSES.index("Edema")]]
     assert rows["Edema"]["positives"] == 2 * len(edemas)
     assert rows["Edema"]["map"] < 0.9
-    assert rows["Cardiomegaly"]["map"] == pytest.approx(1.0)
+    assert rows["Cardiomegaly"]["map"] < 0.9
 
 
 def test_shifted_boxes_lose_the_localisation_tasks_only(data, image_processor):
@@ -289,7 +294,7 @@ def test_random_model_runs_through_and_repeats(data, tiny):
 
 def test_headline_numbers_of_the_demo(data, tiny):
     model, processor = tiny
-    results = evaluate_model(model, processor, data, ALL)
+    results = evaluate_model(model, processor, data, ALL, options=Options(resamples=0, **QUIET))
     metrics = headline_metrics(
         results, *score_baselines(data["train"], data["test"], processor.image_processor, PHANTOM_CLASSES, label_text)
     )

@@ -656,3 +656,85 @@ def test_two_processes_give_what_one_gives(workspace, finished, tmp_path):
     done = subprocess.run(broken, env=environment, capture_output=True, text=True, timeout=540)
     assert done.returncode != 0
     assert "The split 'holdout' of phantom is not there" in done.stderr
+
+
+# -- the nine tasks on their own data, in the exact formats -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """`prepared/NAME` for the five data sets, each made from a small raw tree."""
+    from tests.raw_trees.mimic import write_all
+    from tests.raw_trees.nih import write_nih
+    from tests.raw_trees.vindr import write_vindr
+    from training.data.preparation import prepare
+
+    folder = tmp_path_factory.mktemp("own")
+    writers = {"vindr-cxr": write_vindr, "nih-cxr14": write_nih}
+    for name in ("vindr-cxr", "nih-cxr14", "ms-cxr", "chest-imagenome", "mimic-cxr"):
+        raw = folder / "raw" / name
+        writers.get(name, write_all)(raw)
+        options = {"reports": False} if name == "chest-imagenome" else {}
+        prepare(
+            name, folder / "prepared" / name, data_dir=raw, num_proc=1, size=64, options={"missing": "skip"} | options
+        )
+    return folder
+
+
+def test_nine_tasks_on_small_trees_of_the_real_formats(workspace, prepared, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(prepared)
+    output = tmp_path / "nine"
+    arguments = ["--model", workspace / "model", "--output", output, "--bootstrap", "5", "--no-progress"]
+    metrics = ["map", "map50", "miou", "auroc", "wauroc", "micro_f1_14", "bleu1", "rouge_l"]
+    run = [*arguments, "--optimize-inference", "--metrics", *metrics]
+    # The smallest 128 tokens, for two sentences of a random model, would take most of the time.
+    assert run_main(*run, "--preset", "phantom") == 0
+    results = read_results(output)
+    assert set(results["tasks"]) == set(PAPER_TASKS)
+    assert results["skipped"] == {}
+    assert set(results["data"]) == {"vindr-cxr", "nih-cxr14", "ms-cxr", "chest-imagenome", "mimic-cxr"}
+    names = {name: [row["name"] for row in task["per_class"]] for name, task in results["tasks"].items()}
+    for name, class_set in (("od_vindr", "vindr15"), ("od_nih8", "nih8"), ("od_mscxr", "mscxr"), ("rc_cig", "cig")):
+        assert names[name] == list(class_prompts(class_set).names)
+    # Two MS-CXR test images: d and e of MIMIC's validation split have boxes (d one valid), f of its test split two.
+    assert results["tasks"]["sg_mscxr"]["images"] == 2
+    assert results["tasks"]["sg_mscxr"]["phrases"] == 3
+    assert results["tasks"]["re_mscxr"]["texts"] == 3
+    assert results["tasks"]["re_cig"]["texts"] == 1  # the only valid region of f with a phrase
+    assert results["tasks"]["rg_mimic"]["texts"] == 1  # g has no report, so it is not among the data
+    for name in ("re_mscxr", "re_cig", "rg_mimic"):
+        task = results["tasks"][name]
+        assert "chexbert" in task["not_computed"]["micro_f1_14"].lower()
+        assert "micro_f1_14" not in task["metrics"]
+        assert task["metrics"]["bleu1"]["value"] is not None
+    assert "micro_f1_14 not computed" in capsys.readouterr().out
+    tuned = results["tasks"]["od_nih8"]["tuning"]
+    assert tuned["settings"]["merge"] == "envelope"
+    assert [stage["stage"] for stage in tuned["stages"]] == ["scales", "score"]
+
+
+def test_own_data_with_classes_of_its_own(workspace, tmp_path):
+    import datasets
+
+    from tests.evaluation_doubles import SIZE
+    from training.data.phantom import phantom_record
+    from training.data.record import record_features
+
+    rows = [phantom_record(5, index, SIZE) for index in range(3)]
+    for row in rows:
+        row |= {"sentences": None, "anatomy_boxes": None, "anatomy_present": None}
+        row |= {"anatomy_labels": None, "anatomy_sentences": None, "class_labels": None}
+        row["objects"] = [{"bbox": [4, 4, 30, 30], "category": "Heart valve", "phrase": "Heart valve in place."}]
+    features = record_features(["Heart valve", "Port"])
+    own = datasets.DatasetDict(test=datasets.Dataset.from_list(rows, features=features))
+    own.save_to_disk(tmp_path / "own")
+    tasks = ["finding_detection", "sentence_grounding", "region_classification", "anatomy_localization"]
+    output = tmp_path / "out"
+    arguments = ["--model", workspace / "model", "--output", output, "--data", f"own={tmp_path / 'own'}"]
+    assert run_main(*arguments, "--tasks", *tasks, "--bootstrap", "5", "--no-progress") == 0
+    results = read_results(output)["tasks"]
+    assert [row["positives"] for row in results["finding_detection"]["per_class"]] == [3, 0]
+    assert results["sentence_grounding"]["phrases"] == 3
+    for name, metric in (("region_classification", "wauroc"), ("anatomy_localization", "miou")):
+        assert results[name]["metrics"][metric]["value"] is None
+        assert any("No region" in note for note in results[name]["notes"])

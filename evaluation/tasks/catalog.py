@@ -31,6 +31,9 @@ FINDING_METRICS = (
     *("micro_f1_14", "macro_f1_14", "micro_f1_5", "macro_f1_5", "example_f1_14"),  # labellers of CheXpert's classes
     *("micro_f1", "macro_f1", "example_f1"),  # labellers of other classes
 )
+# Of normal and abnormal regions; and how much better the text of its own region fits than those of others.
+REGION_METRICS = ("meteor_normal", "meteor_abnormal", "meteor_ratio")
+OPTIONAL_METRICS = ("meteor_ratio",)  # only where it is named: it compares all pairs of regions of an image
 NLG_METRICS = ("meteor", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider")
 METRICS: dict[str, tuple[str, ...]] = {
     "anatomy_localization": ("miou",),
@@ -39,6 +42,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     "box_classification": ("auroc", "accuracy", "mcc"),
     "region_classification": ("wauroc", "macro_auroc"),
     **dict.fromkeys(TEXT_KINDS, (*FINDING_METRICS, *NLG_METRICS, "radgraph_f1")),
+    "region_description": (*FINDING_METRICS, *NLG_METRICS, *REGION_METRICS, "radgraph_f1"),
 }
 
 
