@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +25,9 @@ from evaluation.tasks.base import Batch, EvaluationContext
 from evaluation.tasks.catalog import Preset, Task
 from evaluation.tasks.procedures import PROCEDURES, Procedure
 from evaluation.tasks.records import Targets, class_positions, iterate_targets, read_targets
-from processing_chex.prompt_sets import PromptSet, class_prompts, prompts_for_classes
-from processing_chex.vocabulary import CLASSES_BY_DATASET
+from processing_chex.prompt_sets import PromptSet, class_prompts, find_class_set, prompts_for_classes
+from processing_chex.report import REPORT_PRESETS
+from processing_chex.vocabulary import class_names
 from training.data.prepared import file_sha256, is_prepared, open_prepared, read_info
 from training.data.record import record_classes
 
@@ -270,8 +272,12 @@ class SplitData:
 
 def task_prompts(task: Task, split: SplitData) -> tuple[PromptSet, list[str]]:
     """Prompts of the finding classes of a task, and the names of these classes in the data."""
-    if task.class_set in CLASSES_BY_DATASET:
-        return class_prompts(task.class_set), list(CLASSES_BY_DATASET[task.class_set])
+    class_set = task.class_set
+    if class_set is None:
+        with suppress(ValueError):
+            class_set = find_class_set(split.classes)
+    if class_set is not None:
+        return class_prompts(class_set), list(class_names(class_set))
     return prompts_for_classes(split.classes), list(split.classes)
 
 
@@ -302,7 +308,8 @@ def procedure_settings(task: Task, prompts: PromptSet, preset: Preset) -> dict[s
         "region_classification": described,
         "box_description": {"max_length": preset.max_length},
         "region_description": {"max_length": preset.max_length},
-        "report_generation": described | {k: v for k, v in asdict(preset).items() if k != "name"},
+        "report_generation": described
+        | {"max_length": preset.max_length, "report": asdict(REPORT_PRESETS[preset.report])},
     }
     return settings[task.kind]
 

@@ -1,6 +1,7 @@
 """Results of an evaluation as files: one per task, which a rerun takes over, and all together as JSON and CSV."""
 
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -18,6 +19,7 @@ from evaluation.files import write_text
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
+SCORING_CODE = ("scoring.py", "bootstrap.py", "curves.py", "tasks/*.py", "metrics/**/*.py", "labelers/**/*.py")
 RESULTS = "results.json"
 CSV_COLUMNS = (
     *("task", "metric", "value", "low", "high", "mean", "std", "undefined"),
@@ -44,11 +46,12 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
+@functools.cache
 def code_digest() -> str:
     """Of the code that scores, so that results of an older version are not taken over."""
     folder = Path(__file__).parent
     content = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted(path for part in SCORING_CODE for path in folder.rglob(part)):
         content.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return content.hexdigest()[:16]
 

@@ -389,9 +389,7 @@ def _score_localization(inputs: Inputs) -> Scored:
     scored = Scored(inputs.images)
     if not len(boxes):
         scored.notes.append("No region of this split has a box.")
-    scored.parts.append(
-        Part(PerImage(BoxIouStatistic(boxes, targets, labels), owners, inputs.images), {"miou": "miou"})
-    )
+    scored.parts.append(Part(BoxIouStatistic(boxes, targets, labels, owners, inputs.images), {"miou": "miou"}))
     by_region = box_iou(boxes, targets, labels)["per_label"] if len(boxes) else {}
     scored.per_class = [
         {
@@ -439,7 +437,7 @@ def _score_box_classification(inputs: Inputs) -> Scored:
         scored.notes.append("No image of this split has boxes.")
     scored.parts.append(
         Part(
-            PerImage(BoxAurocStatistic(probabilities, labels, count), owners, inputs.images),
+            BoxAurocStatistic(probabilities, labels, count, images=owners, num_images=inputs.images),
             names,
             BoxAurocStatistic(probabilities, labels, count, official=True),
         )

@@ -7,13 +7,13 @@ from space_app.data_command import data_app
 from space_app.demo_command import demo
 from space_app.evaluate_command import CONTEXT, evaluate
 from space_app.explain_command import explain
+from space_app.report_command import report
 
 
 app = typer.Typer(
     name="chex",
     help="ChEX finds and describes regions of chest radiographs. Research use only, not a medical device.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -25,6 +25,7 @@ def chex() -> None:
 
 
 app.command("explain")(explain)
+app.command("report")(report)
 app.command("demo")(demo)
 app.command("evaluate", context_settings=CONTEXT)(evaluate)
 app.add_typer(convert_app)

@@ -28,6 +28,7 @@ from evaluation.tasks.detection import Candidates, DetectionSettings, best_candi
 from evaluation.tasks.grounding import GroundingSettings, tune_grounding
 from evaluation.tasks.records import class_positions, read_targets
 from processing_chex.prompt_sets import anatomy_prompts, class_prompts
+from processing_chex.report import REPORT_PRESETS
 from processing_chex.vocabulary import ANATOMY_NAMES, REPORT_ANATOMY_INDICES
 
 
@@ -58,7 +59,8 @@ def test_settings_are_those_of_the_official_configuration():
     assert TASKS["sg_mscxr"].grounding == GroundingSettings(0.25, 1.0)
     assert [TASKS[name].negatives for name in GROUPS["rc"]] == ["pos_centroid", "neg"]
     assert PRESETS["paper"].max_length == 128
-    assert PRESETS["paper"].all_findings
+    report = REPORT_PRESETS[PRESETS["paper"].report]
+    assert (report.select_findings, report.select_regions, report.max_sentences) == ("all", "positive", 10)
 
 
 def test_prompts_are_those_of_the_paper():

@@ -17,6 +17,7 @@ from .records import Targets
 
 PROMPT_CHUNK = 256
 MAX_CACHED_TEXTS = 20_000
+MAX_CHARACTERS = 1000
 
 
 @dataclass
@@ -69,7 +70,10 @@ class EvaluationContext:
         missing = [text for text in dict.fromkeys(texts) if text not in self._features]
         for start in range(0, len(missing), PROMPT_CHUNK):
             chunk = missing[start : start + PROMPT_CHUNK]
-            encoded = self.processor(text=chunk, return_tensors="pt").to(self.device)
+            # A generated sentence may exceed what is accepted of a user; the encoder reads only its beginning anyway.
+            encoded = self.processor(text=[text[:MAX_CHARACTERS] for text in chunk], return_tensors="pt").to(
+                self.device
+            )
             features = self.model.get_prompt_features(encoded["input_ids"], encoded["attention_mask"])
             self._features.update(zip(chunk, features, strict=True))
         if not texts:

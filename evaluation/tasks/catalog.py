@@ -133,22 +133,21 @@ class Preset:
     How sentences are generated and reports are composed.
 
     Attributes:
+        name: On the command line.
         max_length: Tokens of a sentence, the start token included; greedy.
-        all_findings: Reports describe every finding prompt, as in the paper; otherwise those that the detector found.
-            (Training never asks for a description of a finding that is absent, so that a small model answers at
-            random.)
-        max_sentences: Above so many sentences, similar ones are dropped sooner.
+        report: Preset of `processing_chex.report` for reports: "paper" describes every finding that is asked for,
+            "found" those that the detector found. (Training never asks for a description of a finding that is absent,
+            so that a small model answers at random.)
     """
 
     name: str
     max_length: int
-    all_findings: bool
-    max_sentences: int = 10
+    report: str
 
 
 PRESETS: dict[str, Preset] = {
-    "paper": Preset("paper", max_length=128, all_findings=True),
-    "phantom": Preset("phantom", max_length=33, all_findings=False),
+    "paper": Preset("paper", max_length=128, report="paper"),
+    "phantom": Preset("phantom", max_length=33, report="found"),
 }
 
 _PROMPTS_ONLY = {"score": "prompts", "temperature": 0.1}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from processing_chex.prompt_sets import PromptSet
-from processing_chex.report import ReportQueries, deduplicate, sentence_similarity
+from processing_chex.report import REPORT_PRESETS, ReportOptions, ReportQueries, deduplicate, sentence_similarity
 
 from ..predictions import Predictions
 from .base import Batch, EvaluationContext, corners
@@ -209,17 +209,20 @@ class ReportWriter(Procedure):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self._queries = ReportQueries.encode(self.prompts, self.context.text_features)
+        self._options = REPORT_PRESETS[self.preset.report]
 
     def predict(self, batch: Batch) -> Predictions:
-        context, queries = self.context, self._queries
-        output = context.model(image_features=batch.image_features, prompt_features=queries.features, clip_boxes=True)
-        probability = context.model.classify(output.query_features, queries.positive, queries.negative).squeeze(-1)
-        selected = queries.select(probability, output.present, self.preset.all_findings)
+        context, queries, options = self.context, self._queries, self._options
+        model = context.model
+        output = model(image_features=batch.image_features, prompt_features=queries.features, clip_boxes=True)
+        probability = queries.abnormality(output.query_features, model.classify, options.sign)
+        found = (output.region_scores > options.threshold).any(-1)
+        selected = queries.select(probability, found, findings=options.select_findings, regions=options.select_regions)
         texts = context.generate(output.query_features[selected], **self.generation)
         preference = numbers(output.query_scores[selected])
         counts = selected.sum(1).cpu().numpy()
         kept = [
-            keep_of_report(context, texts[start:stop], preference[start:stop], self.preset.max_sentences)
+            keep_of_report(context, texts[start:stop], preference[start:stop], options)
             for start, stop in _spans(counts)
         ]
         arrays = {
@@ -238,13 +241,14 @@ def _spans(counts: np.ndarray) -> list[tuple[int, int]]:
 
 
 def keep_of_report(
-    context: EvaluationContext, texts: Sequence[str], preference: np.ndarray, max_sentences: int
+    context: EvaluationContext, texts: Sequence[str], preference: np.ndarray, options: ReportOptions
 ) -> np.ndarray:
     """Which sentences (n,) of one report stay: no empty ones, and of similar ones the preferred."""
     kept = np.zeros(len(texts), dtype=bool)
     written = [index for index, text in enumerate(texts) if text]
     similarity = sentence_similarity(context.text_features([texts[index] for index in written]))
-    for index in deduplicate(similarity, preference[written], max_sentences):
+    limits = (options.max_sentences, options.always_same, options.same_if_long)
+    for index in deduplicate(similarity, preference[written], *limits):
         kept[written[index]] = True
     return kept
 
