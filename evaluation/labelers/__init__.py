@@ -1,0 +1,158 @@
+"""Labellers read findings in texts; `load_labeler` makes one from its name.
+
+- `phantom`: the exact labeller of the synthetic chest.
+- `chexbert:FOLDER`: CheXbert, from a folder that `chex convert chexbert` wrote.
+- `package.module:attribute`: your own (docs/labelers.md).
+"""
+
+import importlib
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .base import (
+    CHEXPERT_CLASSES,
+    CHEXPERT_FIVE,
+    NEGATED,
+    PRESENT,
+    UNCERTAIN,
+    CheckedLabeler,
+    Labeler,
+    LabelerUnavailable,
+)
+
+
+_SPECS = '"phantom", "chexbert:FOLDER" or "package.module:attribute"'
+CHEXBERT_NEEDS = (
+    "needs CheXbert's weights: request chexbert.pth as the CheXbert repository tells "
+    "(github.com/stanfordmlgroup/CheXbert), convert it with `chex convert chexbert chexbert.pth FOLDER --tokenizer "
+    "bert-base-uncased`, and give --labeler chexbert:FOLDER"
+)
+
+
+class PhantomLabeler:
+    """The exact labeller of the phantom's sentences (`training.data.phantom_text.label_text`)."""
+
+    name = "phantom"
+
+    def __init__(self) -> None:
+        from processing_chex.vocabulary import PHANTOM_CLASSES
+
+        self.classes: tuple[str, ...] = tuple(PHANTOM_CLASSES)
+
+    def __call__(self, texts: Sequence[str]) -> list[dict[str, int]]:
+        from training.data.phantom_text import label_text
+
+        return [label_text(text) for text in texts]
+
+
+def load_labeler(spec: str, device: str = "cpu", batch_size: int = 32, progress: bool = False) -> CheckedLabeler:
+    """The labeller that `spec` names; it labels equal texts once, and its answers are checked.
+
+    Args:
+        spec: "phantom"; "chexbert:FOLDER", a folder that `chex convert chexbert` wrote; or
+            "package.module:attribute", a labeller (see `Labeler`), or a class or function without required arguments
+            that makes one. It is passed `device` if it has a parameter of that name.
+        device: where a model runs, such as "cuda".
+        batch_size: texts that CheXbert reads at once.
+        progress: show a progress bar where labelling takes long (CheXbert).
+
+    Raises:
+        LabelerUnavailable: the weights are not there; the message says what is needed.
+        ValueError: there is no such labeller, or the attribute is none.
+    """
+    kind, _, rest = spec.partition(":")
+    if spec == "phantom":
+        return CheckedLabeler(PhantomLabeler())
+    if kind == "chexbert":
+        return CheckedLabeler(_load_chexbert(rest, device, batch_size, progress))
+    if not rest or not kind:
+        raise ValueError(f"There is no labeller {spec!r}; known are {_SPECS}.")
+    return CheckedLabeler(_load_plugin(spec, kind, rest, device))
+
+
+def _load_chexbert(folder: str, device: str, batch_size: int, progress: bool) -> Labeler:
+    if not folder:
+        raise LabelerUnavailable(CHEXBERT_NEEDS)
+    path = Path(folder).expanduser()
+    missing = [name for name in ("config.json", "model.safetensors") if not (path / name).is_file()]
+    if missing:
+        lack = f"has no {' and no '.join(missing)}" if path.is_dir() else "does not exist"
+        raise LabelerUnavailable(f"the folder {path} {lack}; {CHEXBERT_NEEDS}")
+    from .chexbert import ChexbertLabeler
+
+    return ChexbertLabeler.from_folder(path, device=device, batch_size=batch_size, progress=progress)
+
+
+def _load_plugin(spec: str, module_name: str, attribute: str, device: str) -> Labeler:
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        # A module that is there but lacks something of its own needs another remedy than a name that is wrong.
+        missing = error.name
+        if missing is not None and (module_name == missing or module_name.startswith(f"{missing}.")):
+            raise ValueError(
+                f"The labeller {spec!r} cannot be loaded: there is no module {missing!r}. Install its package or put "
+                f"its folder on PYTHONPATH; known are {_SPECS}."
+            ) from error
+        raise ValueError(
+            f"The labeller {spec!r} cannot be loaded: importing {module_name} failed: {error}."
+        ) from error
+    found: Any = module
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            raise ValueError(f"The labeller {spec!r} cannot be loaded: {module_name} has no attribute {attribute!r}.")
+        found = getattr(found, name)
+    if inspect.isclass(found) or (callable(found) and not hasattr(found, "classes")):
+        found = _made(spec, found, device)
+    lacks = [name for name in ("name", "classes") if not hasattr(found, name)]
+    if not callable(found):
+        lacks.append("__call__")
+    if lacks:
+        raise ValueError(
+            f"{spec!r} is no labeller: {type(found).__name__} lacks {', '.join(lacks)}. A labeller is a callable from "
+            "a list of texts to a list of {finding: 1/0/-1}, with the attributes `name` and `classes`."
+        )
+    classes = found.classes
+    if isinstance(classes, str) or not isinstance(classes, Sequence) or not classes:
+        raise ValueError(f"{spec!r} is no labeller: its `classes` are {classes!r}, not a sequence of names.")
+    if not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
+        raise ValueError(
+            f"{spec!r} is no labeller: its `classes` are not all texts, or some occur twice: {classes!r}."
+        )
+    return found
+
+
+def _made(spec: str, factory: Any, device: str) -> Any:
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # some built-in functions tell no signature
+        parameters = {}
+    needed = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and name != "device"
+    ]
+    if needed:
+        raise ValueError(
+            f"{spec!r} is no labeller: it has no attribute `classes`, and as a function that makes one it must not "
+            f"need arguments (it needs: {', '.join(needed)})."
+        )
+    return factory(device=device) if "device" in parameters else factory()
+
+
+__all__ = [
+    "CHEXPERT_CLASSES",
+    "CHEXPERT_FIVE",
+    "NEGATED",
+    "PRESENT",
+    "UNCERTAIN",
+    "CheckedLabeler",
+    "Labeler",
+    "LabelerUnavailable",
+    "PhantomLabeler",
+    "load_labeler",
+]
