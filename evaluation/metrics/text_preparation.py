@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from evaluation.bootstrap import Statistic, check_counts, point_estimate
+
 
 def prepare_text(text: str, lowercase: bool = False) -> str:
     """`text` with " ." for ".", every run of white space as one blank, none at the ends; case kept by default.
@@ -153,20 +155,6 @@ def unit_sums(values: np.ndarray, units: np.ndarray, num_units: int) -> np.ndarr
     return np.stack(columns, axis=1) if columns else np.zeros((num_units, 0))
 
 
-def check_counts(counts: np.ndarray, num_units: int) -> np.ndarray:
-    """`counts` as (B, num_units) float64.
-
-    Raises:
-        ValueError: if the shape is another.
-    """
-    array = np.asarray(counts, dtype=np.float64)
-    if array.ndim != 2 or array.shape[1] != num_units:
-        raise ValueError(
-            f"Counts have the shape {array.shape}; expected (resamples, {num_units}), one column per unit."
-        )
-    return array
-
-
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """Element-wise quotient, NaN where the denominator is 0."""
     numerator = np.asarray(numerator, dtype=np.float64)
@@ -198,13 +186,14 @@ class MeanStatistic:
 
     def __call__(self, counts: np.ndarray) -> np.ndarray:
         """`counts` (B, N), how often each image was drawn -> (B, 2); NaN where no image with a pair was drawn."""
-        pair_sum, pair_number, unit_sum, unit_number = (check_counts(counts, self.num_units) @ self._columns).T
+        counts = check_counts(counts, self.num_units).astype(np.float64)
+        pair_sum, pair_number, unit_sum, unit_number = (counts @ self._columns).T
         return np.stack([ratio(pair_sum, pair_number), ratio(unit_sum, unit_number)], axis=1)
 
 
-def point_estimate(statistic) -> dict[str, float | None]:
-    """{name: value} of a statistic with every image drawn once; None where it is undefined."""
-    values = statistic(np.ones((1, statistic.num_units)))[0]
+def named_values(statistic: Statistic) -> dict[str, float | None]:
+    """{name: value} of the data themselves; None where it is undefined."""
+    values = point_estimate(statistic)
     return {
         name: None if np.isnan(value) else float(value) for name, value in zip(statistic.names, values, strict=True)
     }

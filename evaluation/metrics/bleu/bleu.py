@@ -20,10 +20,10 @@ import datasets
 import evaluate
 import numpy as np
 
+from evaluation.bootstrap import check_counts
 from evaluation.metrics.text_preparation import (
     TextPairs,
-    check_counts,
-    point_estimate,
+    named_values,
     prepare_pairs,
     ratio,
     unit_sums,
@@ -101,7 +101,7 @@ class BleuStatistic:
 
     def __call__(self, counts: np.ndarray) -> np.ndarray:
         """`counts` (B, N), how often each image was drawn -> (B, 8); NaN where no image with a pair was drawn."""
-        counts = check_counts(counts, self.num_units)
+        counts = check_counts(counts, self.num_units).astype(np.float64)
         means = counts @ self._unit_columns
         return np.concatenate([bleu_score(counts @ self._sums), ratio(means[:, :-1], means[:, -1:])], axis=1)
 
@@ -122,7 +122,7 @@ def bleu(
     """
     pairs = prepare_pairs(candidates, references, units, None, prepare, lowercase)
     statistic = BleuStatistic(pairs.numbered_per_batch(batch_size) if official else pairs)
-    return {**point_estimate(statistic), "count": len(pairs), "dropped": pairs.dropped}
+    return {**named_values(statistic), "count": len(pairs), "dropped": pairs.dropped}
 
 
 class Bleu(evaluate.Metric):

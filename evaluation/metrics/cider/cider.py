@@ -26,7 +26,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from evaluation.metrics.text_preparation import MeanStatistic, TextPairs, point_estimate, prepare_pairs, prepare_text
+from evaluation.metrics.text_preparation import MeanStatistic, TextPairs, named_values, prepare_pairs, prepare_text
 
 
 MAX_ORDER = 4
@@ -216,7 +216,7 @@ def cider(
     elif corpus is not None and not isinstance(corpus, DocumentFrequencies):
         corpus = DocumentFrequencies.from_documents(corpus, prepare, lowercase)
     statistic = CiderStatistic(pairs.numbered_per_batch(batch_size) if official else pairs, corpus)
-    return {**point_estimate(statistic), "count": len(pairs), "dropped": pairs.dropped}
+    return {**named_values(statistic), "count": len(pairs), "dropped": pairs.dropped}
 
 
 class Cider(evaluate.Metric):

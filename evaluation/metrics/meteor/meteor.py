@@ -5,7 +5,9 @@ pair. METEOR of any set of pairs follows from the sum of these counts, so bootst
 function words weighted 0.75 and 0.25 and the four kinds of matches weighted 1, 0.6, 0.8, 0.6:
 
     P, R = weighted matches / weighted words of candidate, reference;  F = 1 / (0.15 / P + 0.85 / R)
-    METEOR = F (1 - 0.6 f^0.2),  f = chunks / matched words (mean of both sides), f = 0 for one pair of equal texts.
+    METEOR = F (1 - 0.6 f^0.2),  f = chunks / matched words (mean of both sides)
+
+where two texts that match as a whole in one chunk count no chunk.
 
 The program is `meteor-1.5.jar` with `data/paraphrase-en.gz` beside it: an argument, else the environment variable
 CHEX_METEOR_JAR, else that of an installed pycocoevalcap. It needs Java 8 or newer.
@@ -23,8 +25,7 @@ import subprocess
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -33,18 +34,21 @@ import datasets
 import evaluate
 import numpy as np
 
-from evaluation.metrics.text_preparation import TextPairs
-from evaluation.metrics.text_preparation import check_counts
-from evaluation.metrics.text_preparation import point_estimate
-from evaluation.metrics.text_preparation import prepare_pairs
-from evaluation.metrics.text_preparation import ratio
-from evaluation.metrics.text_preparation import unit_sums
+from evaluation.bootstrap import check_counts
+from evaluation.metrics.text_preparation import (
+    TextPairs,
+    named_values,
+    prepare_pairs,
+    ratio,
+    unit_sums,
+)
 from evaluation.metrics.unavailable import MetricUnavailable
 
 
 NUM_STATISTICS = 23
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
 STAGE_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])  # equal words, stems, synonyms, paraphrases
+_CHUNKS = 20  # column of the statistics
 JAR_VARIABLE = "CHEX_METEOR_JAR"
 TIMEOUT = 300.0  # seconds; loading the tables takes about 10 of a free machine
 
@@ -80,7 +84,7 @@ class MeteorError(MetricUnavailable):
 
 
 def meteor_score(statistics: np.ndarray) -> np.ndarray:
-    """METEOR (...) of summed statistics (..., 23); 0 where nothing matches, as the program gives it.
+    """METEOR (...) of the statistics (..., 23) of pairs, or of a sum of `summable` ones; 0 where nothing matches, as the program gives it.
 
     Order of the statistics: words of candidate and reference; function words of both; for each kind of match the
     matched content words of both and the matched function words of both; chunks; matched words of both.
@@ -89,7 +93,7 @@ def meteor_score(statistics: np.ndarray) -> np.ndarray:
     words, function_words = statistics[..., 0:2], statistics[..., 2:4]
     stages = statistics[..., 4:20].reshape(*statistics.shape[:-1], 4, 4)
     content_matches, function_matches = stages[..., 0:2], stages[..., 2:4]
-    chunks, matched_words = statistics[..., 20], statistics[..., 21:23]
+    chunks, matched_words = statistics[..., _CHUNKS], statistics[..., 21:23]
 
     lengths = DELTA * (words - function_words) + (1 - DELTA) * function_words
     matches = np.einsum("s,...sk->...k", STAGE_WEIGHTS, DELTA * content_matches + (1 - DELTA) * function_matches)
@@ -97,10 +101,24 @@ def meteor_score(statistics: np.ndarray) -> np.ndarray:
         precision, recall = np.moveaxis(matches / lengths, -1, 0)
         f_mean = 1 / ((1 - ALPHA) / precision + ALPHA / recall)
         fragmentation = chunks / (matched_words.sum(-1) / 2)
-    total_matches = stages.reshape(*stages.shape[:-2], 4, 2, 2).sum((-3, -2))
-    whole = (total_matches == words).all(-1) & (chunks == 1)
-    score = f_mean * (1 - GAMMA * np.where(whole, 0.0, fragmentation) ** BETA)
+    score = f_mean * (1 - GAMMA * np.where(_whole(statistics), 0.0, fragmentation) ** BETA)
     return np.where(np.isnan(score), 0.0, np.maximum(score, 0.0))
+
+
+def summable(statistics: np.ndarray) -> np.ndarray:
+    """Statistics (..., 23) of pairs as the program adds them up: the one chunk of two equal texts does not count.
+
+    The score of a pair stays the same, and `meteor_score` of a sum is the program's score of the set.
+    """
+    result = np.array(statistics, dtype=np.float64)
+    result[_whole(result), _CHUNKS] = 0.0
+    return result
+
+
+def _whole(statistics: np.ndarray) -> np.ndarray:
+    """Whether all words of both sides are matched in one chunk."""
+    matches = statistics[..., 4:20].reshape(*statistics.shape[:-1], 8, 2).sum(-2)
+    return (matches == statistics[..., 0:2]).all(-1) & (statistics[..., _CHUNKS] == 1)
 
 
 # -- the program ------------------------------------------------------------------------------------------------------
@@ -367,7 +385,7 @@ class MeteorStatistic:
 
     def __call__(self, counts: np.ndarray) -> np.ndarray:
         """`counts` (B, N), how often each image was drawn -> (B, len(names)); NaN where undefined."""
-        counts = check_counts(counts, self.num_units)
+        counts = check_counts(counts, self.num_units).astype(np.float64)
         values = [_score_or_nan(counts @ self.sums), _mean_over_units(counts, self.sums)]
         values += [_score_or_nan(counts @ sums) for sums in self._group_sums]
         if self._mismatched_sums is not None:
@@ -414,7 +432,7 @@ def _align(
             f"`segment_statistics` returned the shape {statistics.shape} for {len(combinations)} pairs; expected "
             f"({len(combinations)}, {NUM_STATISTICS})."
         )
-    return np.column_stack([statistics, np.ones(len(combinations))]), index
+    return np.column_stack([summable(statistics), np.ones(len(combinations))]), index
 
 
 def _score_or_nan(sums: np.ndarray) -> np.ndarray:
@@ -451,7 +469,7 @@ def meteor(
     statistic = MeteorStatistic(
         pairs, normal, mismatched, partial(meteor_statistics, jar=jar, java=java, timeout=timeout)
     )
-    result = point_estimate(statistic)
+    result = named_values(statistic)
     if official and len(pairs):
         sums = unit_sums(statistic.sums, np.arange(pairs.num_units) % batch_size, numbers.num_units)
         result["meteor_ex"] = float(_mean_over_units(np.ones((1, len(sums))), sums)[0])

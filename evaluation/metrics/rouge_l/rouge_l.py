@@ -14,7 +14,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from evaluation.metrics.text_preparation import MeanStatistic, TextPairs, point_estimate, prepare_pairs
+from evaluation.metrics.text_preparation import MeanStatistic, TextPairs, named_values, prepare_pairs
 
 
 BETA = 1.2
@@ -95,7 +95,7 @@ def rouge_l(
     """
     pairs = prepare_pairs(candidates, references, units, None, prepare, lowercase)
     statistic = RougeLStatistic(pairs.numbered_per_batch(batch_size) if official else pairs, beta)
-    return {**point_estimate(statistic), "count": len(pairs), "dropped": pairs.dropped}
+    return {**named_values(statistic), "count": len(pairs), "dropped": pairs.dropped}
 
 
 class RougeL(evaluate.Metric):
