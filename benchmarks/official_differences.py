@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from transformers.activations import ACT2FN
 
 from evaluation.metrics.detection_map.detection_map import detection_map
 from evaluation.metrics.finding_f1.finding_f1 import finding_f1
@@ -17,10 +18,10 @@ from evaluation.metrics.region_auroc.region_auroc import region_auroc
 from modeling_chex import ChexModel
 from modeling_chex.conversion import config_from_official, convert_official_state_dict
 from modeling_chex.prompt_detector import soft_roi_weights
-from training.configuration import OptimizationConfig
+from training.configuration import AugmentationConfig, OptimizationConfig
 from training.loop import learning_rate_factor
-from training.objectives.contrastive import sentence_mse_loss
-from training.objectives.matching import match_regions
+from training.objectives import match_regions, paired_iou, sentence_mse_loss, subsample_classes
+from training.transforms import Augmentation
 
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
@@ -136,6 +137,11 @@ def model_rows(legacy: ChexModel, grouped: ChexModel, golden: dict[str, torch.Te
         labels = legacy.sentence_generator.target_labels(ids, valid, ignore_padding)
         losses.append(legacy.sentence_generator(ids, valid, features=features, labels=labels).loss.item())
     rows.append(("generator loss, padding counted or not", f"official {losses[0]:.4f}, ours {losses[1]:.4f}"))
+    network = legacy.sentence_generator.prefix_projection
+    hidden = network.fc1(features)
+    right, official = (network.fc2(ACT2FN[name](hidden)) for name in ("gelu", "relu"))
+    change = (official - right).norm() / right.norm()
+    rows.append(("keys and values of the prefix with ReLU instead of GELU", f"relative difference {change:.1%}"))
     return rows
 
 
@@ -162,9 +168,27 @@ def objective_rows() -> list[tuple[str, str]]:
     )
     schedule = OptimizationConfig(warmup_steps=1000, learning_rate=1e-4)
     ours = [learning_rate_factor(update, 10_000, schedule) for update in range(3)]
-    # update j uses what was set after update j - 1, from the number of that step
-    official = [max(update - 1, 0) / schedule.warmup_steps for update in range(3)]
+    official = [learning_rate_factor(update, 10_000, schedule, official=True) for update in range(3)]
     rows.append(("learning rate of the first updates, share of the peak", f"official {official}, ours {ours}"))
+
+    augmentation = Augmentation(AugmentationConfig())
+    transform = augmentation.geometry(augmentation.draws(torch.arange(1000)))
+    lungs = torch.tensor([[0.28, 0.5, 0.36, 0.7], [0.72, 0.5, 0.36, 0.7]]).expand(1000, 2, 4)
+    moved, left = transform.boxes(lungs, torch.ones(1000, 2, dtype=torch.bool))
+    overlap = paired_iou(lungs, moved)[left].mean()
+    rows.append(
+        (
+            "boxes of both lungs, before and after the published augmentation, 1000 images",
+            f"mean IoU {overlap:.3f}, cut away {1 - left.float().mean():.1%}",
+        )
+    )
+    drawn = [
+        [subsample_classes(torch.ones(22, dtype=torch.bool), 10, generator) for _ in range(2)] for _ in range(1000)
+    ]
+    queries = [
+        sum(len(both.nonzero()) for both in kind) / 1000 for kind in zip(*((a | b, a) for a, b in drawn), strict=True)
+    ]
+    rows.append(("queries of a step, 22 classes, k = 10", f"official {queries[0]:.1f} classes, ours {queries[1]:.1f}"))
     return rows
 
 

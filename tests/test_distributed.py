@@ -5,6 +5,7 @@ Run as a script, this file is what the processes run: the stages in a JSON file,
 of the first update.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -23,6 +24,8 @@ from torch import nn
 
 import tests.test_training as test_training
 import training.loop as loop
+from modeling_chex import ChexModel
+from processing_chex import ChexProcessor
 from tests.test_training import (
     DECODER,
     PARENTS,
@@ -30,6 +33,7 @@ from tests.test_training import (
     STAGES,
     TINY_MODEL,
     arguments,
+    compare,
     environment,
     on_prepared,
     read_history,
@@ -119,6 +123,21 @@ def train(jobs: list[dict]) -> None:
             loop.Accelerator.clip_grad_norm_ = clip
 
 
+def signal_at(rank: str, batch: str, name: str) -> None:
+    """Sends a signal to the process with this rank when it has computed so many batches."""
+    step, batches = loop.part_of_update, []
+
+    @contextlib.contextmanager
+    def counted(*arguments):
+        with step(*arguments):
+            yield
+        batches.append(None)
+        if os.environ["RANK"] == rank and len(batches) == int(batch):
+            os.kill(os.getpid(), getattr(signal, name))
+
+    loop.part_of_update = counted
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     return tmp_path_factory.mktemp("distributed")
@@ -156,8 +175,8 @@ def single(workspace, prepared):
     return workspace / "1"
 
 
-def launch(workspace, prepared, processes, name=None, overrides=(), names=NAMES, options=()):
-    """Runs what is named in so many processes; returns the folder of the results."""
+def launch(workspace, prepared, processes, name=None, overrides=(), names=NAMES, options=(), dies=False):
+    """Runs what is named in so many processes; returns the folder of the results, or what a job said that has died."""
     name = name or str(processes)
     chosen = [job for job in jobs(workspace, prepared, processes, name) if Path(job["gradients"]).stem in names]
     for job in chosen:
@@ -171,8 +190,8 @@ def launch(workspace, prepared, processes, name=None, overrides=(), names=NAMES,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    return workspace / name
+    assert (done.returncode != 0) == dies, done.stderr
+    return done.stderr if dies else workspace / name
 
 
 @pytest.fixture(scope="module")
@@ -212,12 +231,68 @@ def test_four_processes_are_one_run(workspace, prepared, single):
         assert max(differences(quadruple, single, name)) < 1e-5, name
 
 
+SHARDED = ("tracking.save_every=1", "tracking.validate_every=1", "selection.metric=loss", "selection.keep_best=2")
+
+
+@pytest.fixture(scope="module")
+def sharded(workspace, prepared, single):
+    """FSDP2, without interruption."""
+    return launch(workspace, prepared, 2, "sharded", SHARDED, ("stage1", "stage3"), ["--sharded"])
+
+
 @pytest.mark.slow
-def test_sharded_weights_are_one_run(workspace, prepared, single):
-    """FSDP2: the model that is saved is whole, also after checkpoints of shards."""
-    folder = launch(workspace, prepared, 2, "sharded", ["tracking.save_every=2"], ("stage1", "stage3"), ["--sharded"])
+def test_sharded_weights_are_one_run(workspace, prepared, single, sharded):
+    """What is saved is whole, the best models too; losses are compared where both have them."""
     for name in ("stage1", "stage3"):
-        assert max(differences(folder, single, name, gradients=False)) < 1e-5, name
+        expected = {(e["split"], e["step"]): e["loss"] for e in read_history(single / name)}
+        found = {(e["split"], e["step"]): e["loss"] for e in read_history(sharded / name)}
+        assert found.keys() > expected.keys()
+        assert [found[key] for key in expected] == pytest.approx(list(expected.values()), rel=1e-5)
+        models = [folder / name / "model" / "model.safetensors" for folder in (sharded, single)]
+        assert relative_difference(*map(load_file, models)) < 1e-5
+        best = json.loads((sharded / name / "best" / "best.json").read_text(encoding="utf-8"))
+        assert len(best) == 2 and {row["update"] for row in best} <= {1, 2, 3}
+        for row in best:
+            assert row["loss"] == pytest.approx(found["validation", row["update"]])
+            folder = sharded / name / "best" / row["folder"]
+            model, loading = ChexModel.from_pretrained(folder, output_loading_info=True)
+            assert not any(loading.values()), "all tensors are there, and no others"
+            ChexProcessor.from_pretrained(folder)
+            if row["update"] == 3:
+                last = load_file(sharded / name / "model" / "model.safetensors")
+                assert all(
+                    torch.equal(last[key], tensor) for key, tensor in load_file(folder / "model.safetensors").items()
+                )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "number"), [("sharded", "SIGKILL"), ("sharded", "SIGUSR1"), ("plain", "SIGTERM")])
+def test_processes_that_stop_go_on(workspace, prepared, single, sharded, kind, number):
+    """
+    One of two processes is killed, or asked to stop, in the second update; then the job is started again. Weights,
+    optimizer, schedule, random numbers and order of images are those of a run without interruption, bit for bit.
+    """
+    name, options = f"{kind}-{number}", ["--sharded"] if kind == "sharded" else []
+    reference, names = sharded, ("stage1",)
+    if kind == "plain":
+        reference = launch(workspace, prepared, 2, "plain", SHARDED, names)
+    error = launch(workspace, prepared, 2, name, SHARDED, names, [*options, "--send", f"1,3,{number}"], dies=True)
+    checkpoints = {path.name for path in (workspace / name / "stage1" / "checkpoints").iterdir()}
+    if number == "SIGKILL":
+        assert "Signal 9 (SIGKILL) received by PID" in error
+        assert checkpoints == {"update-00000001"}
+    else:
+        assert f"stage1: stopped by {number} at update 2 of 3. The same command goes on from there." in error
+        assert "exitcode  : 75" in error
+        assert checkpoints == {"update-00000001", "update-00000002"}
+    assert not (workspace / name / "stage1" / "model").exists()
+    folder = launch(workspace, prepared, 2, name, SHARDED, names, options)
+    starts = (folder / "stage1" / "environment.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(starts) == 2 and json.loads(starts[1])["launcher"] == ("FSDP" if kind == "sharded" else "MULTI_CPU")
+    compare(folder / "stage1", reference / "stage1")
+    assert (folder / "stage1" / "best" / "best.json").read_bytes() == (
+        reference / "stage1" / "best" / "best.json"
+    ).read_bytes()
 
 
 @pytest.mark.slow
@@ -411,4 +486,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if "--sharded" in sys.argv:
         loop.Accelerator = ShardingAccelerator
+    if "--send" in sys.argv:
+        signal_at(*sys.argv[sys.argv.index("--send") + 1].split(","))
     loop.run_as_script(lambda: train(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

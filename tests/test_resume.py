@@ -2,17 +2,33 @@
 
 import json
 import multiprocessing
+import os
 import random
 import re
 import shutil
+import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.test_training import Interrupted, arguments, compare, interrupt, run, weights
+import training.loop as loop
+from tests.test_training import (
+    ROOT,
+    Interrupted,
+    arguments,
+    compare,
+    environment,
+    interrupt,
+    read_history,
+    run,
+    script,
+    weights,
+)
 from training.checkpoints import MANIFEST, find_damage
+from training.preemption import EXIT_CODE, SIGNALS, Preempted, StopRequest
 
 
 STAGE = "stage1"
@@ -222,3 +238,81 @@ def test_a_kill_between_files_of_the_end(workspace, tmp_path):
     (folder / "model").rename(folder / "model.partial")
     run(workspace, STAGE, folder, *OPTIONS)
     compare_all(folder, workspace / "reference")
+
+
+# --- signals that ask a run to stop
+
+
+def ask_to_stop(patch, batch, number):
+    """Sends a signal to this process while it computes the batch with this number."""
+    backward, batches = loop.Accelerator.backward, []
+
+    def signalled(self, *args, **options):
+        batches.append(None)
+        if len(batches) == batch:
+            os.kill(os.getpid(), number)
+        return backward(self, *args, **options)
+
+    patch.setattr(loop.Accelerator, "backward", signalled)
+
+
+@pytest.mark.parametrize(("number", "batch", "update"), [("SIGTERM", 1, 1), ("SIGUSR1", 7, 4), ("SIGTERM", 10, 5)])
+def test_a_signal_saves_and_the_run_goes_on(workspace, tmp_path, caplog, number, batch, update):
+    """Also between two lines of the history, which then has the mean over both parts, and in a second epoch."""
+    handlers = [signal.getsignal(each) for each in SIGNALS]
+    options = (*OPTIONS, "tracking.save_every=0")
+    reference = workspace / "unsaved"
+    run(workspace, STAGE, reference, *options)
+    steps = {entry["step"] for entry in read_history(reference) if entry["split"] == "train"}
+    assert steps == {2, 3, 4, 6, 8}
+    with pytest.MonkeyPatch.context() as patch:
+        ask_to_stop(patch, batch, getattr(signal, number))
+        with pytest.raises(Preempted) as stopped:
+            run(workspace, STAGE, tmp_path, *options)
+    assert stopped.value.code == EXIT_CODE
+    assert f"stage1: stopped by {number} at update {update} of 8. The same command goes on from there." in caplog.text
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"update-{update:08d}"]
+    assert [signal.getsignal(each) for each in SIGNALS] == handlers
+    run(workspace, STAGE, tmp_path, *options)
+    assert f"resuming at update {update} of 8" in caplog.text
+    compare_all(tmp_path, reference)
+
+
+def test_a_signal_during_the_last_update_lets_the_run_finish(workspace, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        ask_to_stop(patch, 16, signal.SIGTERM)
+        run(workspace, STAGE, tmp_path, *OPTIONS)
+    compare_all(tmp_path, workspace / "reference")
+
+
+def test_signals_are_noted_by_the_process_that_asked_for_it():
+    accelerator = loop.Accelerator(cpu=True)
+    with StopRequest(accelerator) as request:
+        assert request.agreed() is None
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.agreed() == "SIGUSR1", "the first one"
+        if (child := os.fork()) == 0:  # a worker of a data loader inherits the handler
+            request.received = 0
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(request.received)
+        assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_stopped_script_has_an_exit_code_of_its_own(workspace, tmp_path):
+    command = script(STAGE, *arguments(workspace, STAGE, tmp_path, *OPTIONS, "optimization.max_steps=100000"))
+    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "history.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == EXIT_CODE
+    assert "stopped by SIGTERM at update" in errors and "Traceback" not in errors
+    (newest, *_) = sorted((tmp_path / "checkpoints").iterdir(), reverse=True)
+    assert find_damage(newest) is None
+    update = int(newest.name.removeprefix("update-"))
+    assert f"at update {update} of 100000. The same command goes on from there." in errors

@@ -514,7 +514,11 @@ def test_a_batch_larger_than_the_data(runs, workspace, tmp_path):
         ("stage2", "init_from=null", "Stage 2 starts from an earlier stage, but `init_from` is None"),
         ("pretrain_generator", "init_from=nowhere", "Generator pre-training starts from an earlier stage"),
         ("stage3", "generator_from=nowhere", "`generator_from` is 'nowhere', which holds none"),
-        ("stage1", "model={detector_config: {num_layers: 1}}", "unknown key 'detector_config'. Known keys: none"),
+        (
+            "stage1",
+            "model={detector_config: {num_layers: 1}}",
+            "unknown key 'detector_config'. Known keys: attention_mode",
+        ),
         ("stage2", "model.post_decoder_config.num_layer=1", "unknown key 'num_layer'. Did you mean 'num_layers'?"),
         ("stage3", "model.post_decoder_config.num_layers=1", "unknown key 'num_layers'. Known keys: region_drop"),
         ("pretrain_clip", "model.projection_dims=1", "unknown key 'projection_dims'. Did you mean 'projection_dim'?"),

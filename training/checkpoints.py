@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -31,6 +32,14 @@ class TrainingState:
 
     def load_state_dict(self, values: dict[str, int | float]) -> None:
         vars(self).update(values)
+
+
+class Stateful(Protocol):
+    """Something that a checkpoint can hold."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def find_damage(folder: Path) -> str | None:
@@ -63,10 +72,13 @@ class Checkpoints:
 
     Each is written under a temporary name, described by a manifest and renamed, so that a kill never leaves half of
     one under its final name; what a failing disk or a power cut does to it later is found by the manifest.
+
+    Args:
+        own: State that each process has for itself (as JSON), besides that of the accelerator.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, kept: int = 2):
-        self.accelerator, self.folder, self.kept = accelerator, folder, kept
+    def __init__(self, accelerator: Accelerator, folder: Path, kept: int = 2, own: Stateful | None = None):
+        self.accelerator, self.folder, self.kept, self.own = accelerator, folder, kept, own
 
     def save(self, update: int, models: Collection[int] = ()) -> None:
         """
@@ -78,6 +90,8 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(temporary))
+        if self.own is not None:
+            self._own_path(temporary).write_text(json.dumps(self.own.state_dict()) + "\n", encoding="utf-8")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             files = {
@@ -91,6 +105,15 @@ class Checkpoints:
             temporary.rename(final)
             for old in self._all()[: -self.kept]:
                 shutil.rmtree(old)
+
+    def load(self, folder: Path) -> None:
+        """Restores the state of the accelerator, and of this process, from a checkpoint."""
+        self.accelerator.load_state(str(folder))
+        if self.own is not None and self._own_path(folder).is_file():  # not of a process that there was not
+            self.own.load_state_dict(json.loads(self._own_path(folder).read_text(encoding="utf-8")))
+
+    def _own_path(self, folder: Path) -> Path:
+        return folder / f"process_{self.accelerator.process_index}.json"
 
     def newest(self) -> Path | None:
         """The newest checkpoint that is intact, agreed on by all processes; damaged ones are named and set aside."""

@@ -1,9 +1,11 @@
 """Other processes: what objectives need from them, how long to wait for them, what to say when they are missing."""
 
+import contextlib
 import datetime
 import logging
 import os
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -88,23 +90,42 @@ def process_group_options() -> InitProcessGroupKwargs:
     return InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=minutes))
 
 
-def gather_weights(accelerator: Accelerator, module: nn.Module) -> None:
+@contextlib.contextmanager
+def whole_weights(accelerator: Accelerator, module: nn.Module) -> Iterator[None]:
     """
-    Replaces weights that are spread over the processes by whole ones, in the module of the main process: at the end of
-    training, which cannot go on with them.
+    Inside, the module of the main process has whole weights, to be saved, where they are spread over the processes.
+    All processes must enter; the module computes nothing inside.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
+        yield
         return
-    weights = accelerator.get_state_dict(module)
-    module = accelerator.unwrap_model(module)
+    weights = accelerator.get_state_dict(module)  # leaves every part with its shards, which a pass may not do
+    spread = [(part, dict(part._parameters)) for part in module.modules()]
     if accelerator.is_main_process:
-        for name, weight in weights.items():
-            owner, _, attribute = name.rpartition(".")
-            if isinstance(getattr(module.get_submodule(owner), attribute), nn.Parameter):
-                setattr(module.get_submodule(owner), attribute, nn.Parameter(weight, requires_grad=False))
-        for part in module.modules():
-            if isinstance(part, PreTrainedModel):
-                part.tie_weights()
+        _insert(weights, accelerator.unwrap_model(module))
+    try:
+        yield
+    finally:
+        for part, parameters in spread:
+            part._parameters.update(parameters)
+
+
+def gather_weights(accelerator: Accelerator, module: nn.Module) -> None:
+    """The same for good: at the end of training, which cannot go on with such weights."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        weights = accelerator.get_state_dict(module)
+        if accelerator.is_main_process:
+            _insert(weights, accelerator.unwrap_model(module))
+
+
+def _insert(weights: Mapping[str, Tensor], module: nn.Module) -> None:
+    for name, weight in weights.items():
+        owner, _, attribute = name.rpartition(".")
+        if isinstance(getattr(module.get_submodule(owner), attribute), nn.Parameter):
+            setattr(module.get_submodule(owner), attribute, nn.Parameter(weight, requires_grad=False))
+    for part in module.modules():
+        if isinstance(part, PreTrainedModel):
+            part.tie_weights()
 
 
 def leave_processes() -> None:
@@ -144,4 +165,5 @@ __all__ = [
     "process_collectives",
     "process_group_options",
     "warn_of_missing_processes",
+    "whole_weights",
 ]

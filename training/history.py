@@ -46,6 +46,15 @@ class History:
                 file.write(json.dumps(entry) + "\n")
         return entry
 
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        """What has not been written yet, of this process: sums and counts."""
+        return {"sums": {name: value.item() for name, value in self.sums.items()}, "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
+        device = self.accelerator.device
+        self.sums = {name: torch.tensor(value, device=device) for name, value in state["sums"].items()}
+        self.counts = collections.Counter(state["counts"])
+
     def truncate(self, update: int) -> None:
         """Removes what was written after the checkpoint that the run resumes from, perhaps cut off by a kill."""
         if self.accelerator.is_main_process and self.path.is_file():

@@ -47,12 +47,14 @@ from training.distributed import (
     lost_process,
     process_group_options,
     warn_of_missing_processes,
+    whole_weights,
 )
 from training.ema import WeightAverage
 from training.guard import FiniteGuard
 from training.history import History, environment
 from training.model_setup import choose_precision, set_up_model
 from training.plan import Schedule, describe_plan
+from training.preemption import Preempted, StopRequest
 from training.selection import Selection, check_names
 from training.stage_data import data_build
 from training.steps import SharedSplit, add_up, clip_gradients, part_of_update, step_parts
@@ -139,6 +141,9 @@ def run_as_script(main: Callable[[], object]) -> None:
     try:
         main()
         leave_processes()
+    except Preempted:
+        leave_processes()
+        raise
     except (ValueError, OSError, FloatingPointError, StrictDataclassError) as error:
         if "--debug" in sys.argv:
             raise
@@ -156,6 +161,9 @@ def run_stage(config: StageConfig, build: Callable[[StageConfig], StageParts], o
     """
     Trains one stage and returns the folder of its model. A run that is finished with the same configuration is reused;
     one that was interrupted goes on from its last checkpoint.
+
+    Raises:
+        Preempted: A signal asked the run to stop; it has saved a checkpoint.
     """
     output_dir = Path(config.output_dir)
     model_dir, config_path = output_dir / "model", output_dir / "config.yaml"
@@ -185,17 +193,20 @@ def run_stage(config: StageConfig, build: Callable[[StageConfig], StageParts], o
     accelerator.wait_for_everyone()
     _start_trackers(accelerator, config, output_dir)
     set_seed(config.seed)
-    _train(accelerator, config, parts, output_dir)
-    if accelerator.is_main_process:
-        temporary = output_dir / "model.partial"
-        shutil.rmtree(temporary, ignore_errors=True)
-        parts.save(temporary)
-        shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
-        shutil.rmtree(model_dir, ignore_errors=True)
-        temporary.rename(model_dir)
-    accelerator.wait_for_everyone()
-    for tracker in accelerator.trackers:  # not `end_training`: other stages of this process need the others again
-        tracker.finish()
+    try:
+        with StopRequest(accelerator) as request:
+            _train(accelerator, config, parts, output_dir, request)
+            if accelerator.is_main_process:
+                temporary = output_dir / "model.partial"
+                shutil.rmtree(temporary, ignore_errors=True)
+                parts.save(temporary)
+                shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
+                shutil.rmtree(model_dir, ignore_errors=True)
+                temporary.rename(model_dir)
+            accelerator.wait_for_everyone()
+    finally:
+        for tracker in accelerator.trackers:  # not `end_training`: other stages of this process need the others again
+            tracker.finish()
     accelerator.free_memory()
     return model_dir
 
@@ -261,12 +272,13 @@ def _set_up(config: StageConfig, build: Callable[[StageConfig], StageParts]) -> 
     )
     warn_of_missing_processes(accelerator.num_processes)
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    for name, chosen in (
-        ("optimization.ema_decay", config.optimization.ema_decay is not None),
-        ("tracking.tasks", config.tracking.tasks),
-        ("selection.metric", config.selection.metric and config.selection.keep_best),
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    for name, refused in (
+        ("optimization.ema_decay", sharded and config.optimization.ema_decay is not None),
+        ("tracking.tasks", sharded and config.tracking.tasks),
+        ("selection.keep_best", deepspeed and config.selection.metric and config.selection.keep_best),
     ):
-        if sharded and chosen:
+        if refused:
             raise ValueError(
                 f"{name} needs the whole model in each process, which {accelerator.distributed_type.value} shards: "
                 "leave it out, or run without sharding."
@@ -331,7 +343,13 @@ def _older_than(path: Path, folders: Sequence[str | None]) -> bool:
     return any(file.is_file() and file.stat().st_mtime > began for file in weights)
 
 
-def _train(accelerator: Accelerator, config: StageConfig, parts: StageParts, output_dir: Path) -> None:
+def _train(
+    accelerator: Accelerator,
+    config: StageConfig,
+    parts: StageParts,
+    output_dir: Path,
+    request: StopRequest | None = None,
+) -> None:
     options, tracking = config.optimization, config.tracking
     loader = DataLoader(
         parts.train_data,
@@ -367,9 +385,9 @@ def _train(accelerator: Accelerator, config: StageConfig, parts: StageParts, out
         accelerator.register_for_checkpointing(selection)
     history = History(output_dir / "history.jsonl", config.stage, accelerator)
     guard = FiniteGuard(accelerator, output_dir, config.stage, parts.train_data)
-    checkpoints = Checkpoints(accelerator, output_dir / "checkpoints", tracking.keep_checkpoints)
+    checkpoints = Checkpoints(accelerator, output_dir / "checkpoints", tracking.keep_checkpoints, history)
     if checkpoint := checkpoints.newest():
-        accelerator.load_state(str(checkpoint))
+        checkpoints.load(checkpoint)
         logger.warning(
             "%s: resuming at update %d of %d from %s.", config.stage, state.update, schedule.total, checkpoint
         )
@@ -421,7 +439,6 @@ def _train(accelerator: Accelerator, config: StageConfig, parts: StageParts, out
                 average.update(state.update)
             last, saves = state.update >= schedule.total, _due(state.update, tracking.save_every)
             validates = last or _due(state.update, tracking.validate_every)
-            # a checkpoint has no unwritten metrics
             if validates or saves or _due(state.update, tracking.log_every):
                 guard.finish()
                 entry = history.write(state, "train", lr=optimizer.param_groups[0]["lr"])
@@ -429,18 +446,31 @@ def _train(accelerator: Accelerator, config: StageConfig, parts: StageParts, out
             if validates:
                 with average.applied() if average is not None else contextlib.nullcontext():
                     entry = _validate(accelerator, module, validation, history, state, parts.evaluate)
-                    if selection is not None and selection.add(state.update, entry) and accelerator.is_main_process:
-                        selection.save(state.update, parts.save)
+                    if selection is not None and selection.add(state.update, entry):
+                        with whole_weights(accelerator, module):
+                            if accelerator.is_main_process:
+                                selection.save(state.update, parts.save)
                 if selection is not None and selection.exhausted and not last:
                     last = True
                     logger.warning(
                         "%s: stopping at update %d, as %d validations did not improve %s.",
                         *(config.stage, state.update, selection.stale, config.selection.metric),
                     )
-            if saves and not last:
+            signal = request.agreed() if request is not None and not last else None
+            saves = (saves or signal is not None) and not last
+            if saves:
+                guard.finish()
                 checkpoints.save(state.update, selection.updates if selection is not None else ())
             if selection is not None and (validates or saves) and accelerator.is_main_process:
                 selection.prune(checkpoints.needed_models() if not last else ())
+            if signal is not None:
+                accelerator.wait_for_everyone()  # before any of them ends, which launchers take for a failure
+                progress.close()
+                logger.warning(
+                    "%s: stopped by %s at update %d of %d. The same command goes on from there.",
+                    *(config.stage, signal, state.update, schedule.total),
+                )
+                raise Preempted
             if last:
                 break
         else:

@@ -85,6 +85,7 @@ def describe_plan(config: StageConfig, module: nn.Module, items: tuple[int, int]
         f"run           {schedule.total:,} updates = {schedule.total / schedule.updates:.1f} epochs",
         f"learning rate {options.learning_rate:g}, after {options.warmup_steps} updates of warm-up falling to "
         f"{options.min_learning_rate:g}",
+        *(["objectives    with the defects of the official training"] if config.is_official else []),
         f"precision     {precision if precision != 'no' else 'float32'} on {accelerator.device}",
         "",
         "memory of each process, without activations",
