@@ -17,6 +17,7 @@ from training.transforms import (
     _convolve,
     _convolve_together,
     gaussian_blur,
+    normalise,
 )
 
 
@@ -510,3 +511,13 @@ def test_blur_wider_than_the_image():
     result = gaussian_blur(image, torch.tensor([4.0]))
     expected = scipy.ndimage.gaussian_filter(image.double().numpy(), (0, 0, 4, 4), mode="mirror", radius=(0, 0, 5, 5))
     torch.testing.assert_close(result.double(), torch.from_numpy(expected), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("channels", [(1, 1), (3, 1), (1, 3), (3, 3)])
+def test_normalisation(channels):
+    images = torch.rand(2, 1, 5, 6, generator=generator(0))
+    mean, std = (torch.rand(count, 1, 1, generator=generator(count)) + 0.1 for count in channels)
+    expected = (images - mean) / std
+    result = normalise(images, mean, std)
+    assert torch.equal(result, expected)
+    assert (result is images) == (channels == (1, 1))

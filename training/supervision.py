@@ -42,7 +42,7 @@ from training.objectives import (
 )
 from training.objectives.reduction import full_precision, masked_mean
 from training.text_features import FeatureDtype, FeatureTable, TextFeatures, TokenTable
-from training.transforms import Augmentation
+from training.transforms import Augmentation, normalise
 
 
 # Keys of what is drawn for each image of a step, besides the seed of the step
@@ -157,7 +157,7 @@ class ImageSupervision(Supervision):
                 images = F.interpolate(images, size=(self.side, self.side), mode="bilinear", align_corners=False)
         if counting:
             return None, batch
-        return ((images - self.image_mean) / self.image_std).expand(-1, 3, -1, -1), batch
+        return normalise(images, self.image_mean, self.image_std).expand(-1, 3, -1, -1), batch
 
 
 class ChexSupervision(ImageSupervision):

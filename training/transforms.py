@@ -221,6 +221,13 @@ def _adjust(images: Tensor, before: Tensor, contrast: Tensor, after: Tensor) -> 
     return images.mul_(after).clamp_(0, 1)
 
 
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Images (N, 1, H, W) less a mean, over a standard deviation (C, 1, 1), as (N, C, H, W); in place if C is 1."""
+    if len(mean) == len(std) == 1:  # large new arrays cost more than the arithmetic
+        return images.sub_(mean).div_(std)
+    return (images - mean) / std
+
+
 def _scaled(draws: Tensor, limits: tuple[float, float]) -> Tensor:
     low, high = limits
     return low + (high - low) * draws
@@ -277,4 +284,4 @@ def _convolve(image: Tensor, kernel: Tensor) -> Tensor:
     return image.transpose(0, 1).flatten(1)[:height, :width]
 
 
-__all__ = ["MIN_VISIBLE_SHARE", "Augmentation", "GeometricTransform", "gaussian_blur"]
+__all__ = ["MIN_VISIBLE_SHARE", "Augmentation", "GeometricTransform", "gaussian_blur", "normalise"]
