@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluation.metrics.box_iou.box_iou import BoxIou, box_iou, paired_iou, pairwise_iou
-from evaluation.metrics.detection_map.detection_map import DetectionMap, average_precision, detection_map
+from evaluation.metrics.box_iou.box_iou import BoxIou, box_iou
+from evaluation.metrics.boxes import paired_iou, pairwise_iou
+from evaluation.metrics.detection_map.detection_map import DetectionMap, detection_map
 from evaluation.metrics.finding_f1.finding_f1 import FindingF1, as_items, finding_f1
 from evaluation.metrics.grounding_iou.grounding_iou import GroundingIou, grounding_iou, union_overlap
-from evaluation.metrics.region_auroc.region_auroc import RegionAuroc, auroc, region_auroc
+from evaluation.metrics.region_auroc.region_auroc import RegionAuroc, region_auroc
+from evaluation.metrics.weighted_auroc import auroc
 
 
 METRICS = Path(__file__).parents[1] / "evaluation" / "metrics"
@@ -110,11 +112,6 @@ def test_false_positives_on_empty_images_count():
     assert detection_map(worse, references)["map50"] == 0.5
 
 
-def test_average_precision_without_targets_is_an_error():
-    with pytest.raises(ValueError, match="undefined without targets"):
-        average_precision(np.array([True]), 0)
-
-
 def slow_map(predictions, references, num_classes, threshold):
     """Straight from the definition, one box at a time."""
     values = []
@@ -199,17 +196,22 @@ def test_grounding_threshold_is_strict_and_averaged():
 
 
 def test_overlapping_boxes_count_once():
-    boxes = np.array([[0, 0, 4, 2], [2, 0, 6, 2]])
-    overlap, union = union_overlap(boxes, np.array([[True, True], [True, False]]), np.array([[0, 0, 6, 1]]))
-    assert overlap.tolist() == [6, 4]
-    assert union.tolist() == [12, 10]
+    # Both boxes above 0.2, one above 0.5, none above 0.9.
+    boxes, scores, targets = (
+        np.array([[[0, 0, 4, 2], [2, 0, 6, 2]]]),
+        np.array([[0.9, 0.4]]),
+        np.array([[[0, 0, 6, 1]]]),
+    )
+    overlap, union = union_overlap(boxes, scores, targets, (0.2, 0.5, 0.9))
+    assert overlap.tolist() == [[6, 4, 0]]
+    assert union.tolist() == [[12, 10, 6]]
 
 
 @given(st.integers(0, 10**6))
 def test_union_overlap_counts_pixels(seed):
     rng = np.random.default_rng(seed)
-    boxes, targets = (np.array([random_box(rng) for _ in range(3)]) for _ in range(2))
-    kept = rng.random((4, 3)) < 0.6
+    boxes, targets = (np.array([[random_box(rng) for _ in range(3)] for _ in range(4)]) for _ in range(2))
+    scores = rng.integers(0, 4, (4, 3)) / 4
 
     def paint(rectangles):
         grid = np.zeros((13, 13), dtype=bool)
@@ -217,11 +219,12 @@ def test_union_overlap_counts_pixels(seed):
             grid[y0:y1, x0:x1] = True
         return grid
 
-    overlap, union = union_overlap(boxes, kept, targets)
-    for row, selection in enumerate(kept):
-        predicted, actual = paint(boxes[selection]), paint(targets)
-        assert overlap[row] == (predicted & actual).sum()
-        assert union[row] == (predicted | actual).sum()
+    overlap, union = union_overlap(boxes, scores, targets, (0.25, 0.5))
+    for phrase in range(4):
+        for column, threshold in enumerate((0.25, 0.5)):
+            predicted, actual = paint(boxes[phrase][scores[phrase] > threshold]), paint(targets[phrase])
+            assert overlap[phrase, column] == (predicted & actual).sum()
+            assert union[phrase, column] == (predicted | actual).sum()
 
 
 def test_grid_truncates_to_cells():

@@ -10,6 +10,8 @@ import datasets
 import evaluate
 import numpy as np
 
+from evaluation.metrics.boxes import check_boxes, check_units, paired_iou
+
 
 _DESCRIPTION = "Mean IoU of one predicted box per target box, over all pairs and per query."
 _CITATION = ""
@@ -24,57 +26,80 @@ Returns:
 """
 
 
-def pairwise_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """IoU of every box of `first` (N, 4) with every box of `second` (M, 4), xyxy in any unit -> (N, M) float64.
+class BoxIouStatistic:
+    """Mean IoU of matched pairs for bootstrapping. `names`: miou, and with labels macro_miou.
 
-    Continuous coordinates (no "+1 pixel"). Boxes without area have IoU 0 with everything, also with themselves.
+    Args:
+        predictions, references, labels: as `box_iou`.
+        images: the unit of the bootstrap of each pair; left out: each pair is one.
+        num_images: number of units; left out: as large as `images` needs.
+
+    Raises:
+        ValueError: as `box_iou`.
     """
-    first = np.asarray(first, dtype=np.float64).reshape(-1, 4)
-    second = np.asarray(second, dtype=np.float64).reshape(-1, 4)
-    top_left = np.maximum(first[:, None, :2], second[None, :, :2])
-    bottom_right = np.minimum(first[:, None, 2:], second[None, :, 2:])
-    intersection = np.clip(bottom_right - top_left, 0.0, None).prod(-1)
-    union = _area(first)[:, None] + _area(second)[None, :] - intersection
-    return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
 
-
-def paired_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """IoU of box i of `first` with box i of `second`, both (N, 4) xyxy in one unit -> (N,) float64."""
-    first = np.asarray(first, dtype=np.float64).reshape(-1, 4)
-    second = np.asarray(second, dtype=np.float64).reshape(-1, 4)
-    if first.shape != second.shape:
-        raise ValueError(
-            f"Paired IoU needs as many predicted boxes as target boxes, got {len(first)} and {len(second)}. "
-            "Give exactly one predicted box per target."
+    def __init__(
+        self,
+        predictions: np.ndarray,
+        references: np.ndarray,
+        labels: Sequence[int] | None = None,
+        images: Sequence[int] | None = None,
+        num_images: int | None = None,
+    ):
+        first, second = (np.asarray(boxes, dtype=np.float64).reshape(-1, 4) for boxes in (predictions, references))
+        check_boxes(first, "predictions")
+        check_boxes(second, "references")
+        iou = paired_iou(first, second)
+        units, self.num_units = check_units(images, num_images, len(iou))
+        inverse = np.zeros(len(iou), dtype=np.int64)
+        self.labels = np.zeros(1, dtype=np.int64)
+        if labels is not None:
+            given = np.asarray(labels)
+            if given.shape != iou.shape:
+                raise ValueError(f"`labels` has shape {given.shape}, but there are {len(iou)} box pairs; one each.")
+            self.labels, inverse = np.unique(given, return_inverse=True)
+        self.names = ("miou",) if labels is None else ("miou", "macro_miou")
+        shape = (self.num_units, len(self.labels))
+        cells = units * len(self.labels) + inverse
+        self._sums, self._numbers = (
+            np.bincount(cells, weights=weights, minlength=shape[0] * shape[1]).reshape(shape)
+            for weights in (iou, np.ones(len(iou)))
         )
-    sides = np.minimum(first[:, 2:], second[:, 2:]) - np.maximum(first[:, :2], second[:, :2])
-    intersection = np.clip(sides, 0.0, None).prod(-1)
-    union = _area(first) + _area(second) - intersection
-    return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
 
+    def table(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sum of the IoU and number of pairs of each label, both (B, labels)."""
+        counts = np.asarray(counts, dtype=np.float64)
+        return counts @ self._sums, counts @ self._numbers
 
-def _area(boxes: np.ndarray) -> np.ndarray:
-    return np.clip(boxes[:, 2:] - boxes[:, :2], 0.0, None).prod(-1)
+    def __call__(self, counts: np.ndarray) -> np.ndarray:
+        """`counts` (B, N) -> values (B, len(names)); see `evaluation.bootstrap.Statistic`."""
+        sums, numbers = self.table(counts)
+        total, number = sums.sum(1), numbers.sum(1)
+        columns = [np.divide(total, number, out=np.full(len(total), np.nan), where=number > 0)]
+        if len(self.names) > 1:
+            means = np.divide(sums, numbers, out=np.zeros_like(sums), where=numbers > 0)
+            defined = (numbers > 0).sum(1)
+            columns.append(np.divide(means.sum(1), defined, out=np.full(len(total), np.nan), where=defined > 0))
+        return np.stack(columns, axis=1)
 
 
 def box_iou(predictions: np.ndarray, references: np.ndarray, labels: Sequence[int] | None = None) -> dict:
     """Mean IoU of matched pairs; see the module's `_KWARGS` for arguments and result.
 
     Raises:
-        ValueError: if the numbers of predictions, references and labels differ.
+        ValueError: if the numbers of predictions, references and labels differ, or a box is not finite or has a
+            negative size.
     """
-    iou = paired_iou(predictions, references)
-    result: dict = {"miou": float(iou.mean()) if len(iou) else None, "count": len(iou)}
+    statistic = BoxIouStatistic(predictions, references, labels)
+    values = [None if np.isnan(value) else float(value) for value in statistic(np.ones((1, statistic.num_units)))[0]]
+    result: dict = {"miou": values[0], "count": statistic.num_units}
     if labels is not None:
-        labels = np.asarray(labels)
-        if labels.shape != iou.shape:
-            raise ValueError(f"`labels` has shape {labels.shape}, but there are {len(iou)} box pairs; one each.")
-        per_label = {
-            int(label): {"miou": float(iou[labels == label].mean()), "count": int((labels == label).sum())}
-            for label in np.unique(labels)
+        sums, numbers = (part[0] for part in statistic.table(np.ones((1, statistic.num_units))))
+        result["per_label"] = {
+            int(label): {"miou": float(total / number), "count": int(number)}
+            for label, total, number in zip(statistic.labels, sums, numbers, strict=True)
         }
-        result["per_label"] = per_label
-        result["macro_miou"] = float(np.mean([v["miou"] for v in per_label.values()])) if per_label else None
+        result["macro_miou"] = values[1]
     return result
 
 

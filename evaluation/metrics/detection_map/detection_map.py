@@ -15,12 +15,13 @@ import datasets
 import evaluate
 import numpy as np
 
-from evaluation.metrics.box_iou.box_iou import pairwise_iou
+from evaluation.metrics.average_precision import PooledDetections, read_detections
+from evaluation.metrics.boxes import check_units
 
 
 # Written out: 0.1 * 3 is not 0.3 in floating point, and "strictly above t" must hold at IoU = 3/10 exactly.
 IOU_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-RECALL_LEVELS = np.arange(101) / 100
+REPORTED = {"map10": 0.1, "map30": 0.3, "map50": 0.5}
 
 _DESCRIPTION = "AP at several IoU thresholds, 101-point interpolation, strict matching, per class and averaged."
 _CITATION = ""
@@ -29,7 +30,7 @@ Args:
     predictions: one dict per image: boxes (n, 4) xyxy in any unit, scores (n), labels (n) class indices.
     references: one dict per image: boxes (m, 4) of the same unit, labels (m).
     num_classes: number of classes; left out: the largest label seen, plus one.
-    iou_thresholds: thresholds of the mean; 0.5 is always reported too.
+    iou_thresholds: thresholds of the mean; 0.1, 0.3 and 0.5 are always reported too.
     official: count a class without any target as AP 0 (as the official code does) instead of leaving it out.
 Returns:
     map, map10, map30, map50 (None where no class is defined), per_class: list of {"ap", "ap50", "ground_truths",
@@ -37,35 +38,63 @@ Returns:
 """
 
 
-def match_greedily(iou: np.ndarray, threshold: float) -> np.ndarray:
-    """Targets taken by predictions of one image and class: `iou` (n, m), predictions by falling score -> (n,) int.
+def nanmean(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
+    """Mean of what is not NaN, NaN where nothing is, without a warning."""
+    defined = ~np.isnan(values)
+    number = defined.sum(axis=axis)
+    total = np.where(defined, values, 0.0).sum(axis=axis)
+    return np.divide(total, number, out=np.full(np.shape(total), np.nan), where=number > 0)
 
-    -1 marks a false positive. A prediction takes the free target with the highest IoU if that is > `threshold`.
+
+class DetectionMapStatistic:
+    """The paper's mAP for bootstrapping.
+
+    `names`: map, map10, map30, map50, and ap_class_0, ap_class_1, ... (mean over the IoU thresholds of each class). A
+    class without targets in a resample is undefined there and left out of the means, or counts 0 if `official`.
+
+    Args:
+        predictions, references, num_classes, iou_thresholds, official: as `detection_map`.
+        images: the unit of the bootstrap of each entry of the lists; left out: each entry is one.
+        num_images: number of units; left out: as large as `images` needs.
+
+    Raises:
+        ValueError: as `detection_map`.
     """
-    taken = np.full(len(iou), -1, dtype=np.int64)
-    free = np.ones(iou.shape[1], dtype=bool)
-    for row, overlaps in enumerate(iou):
-        if not free.any():
-            break
-        best = int(np.argmax(np.where(free, overlaps, -1.0)))
-        if overlaps[best] > threshold:
-            taken[row] = best
-            free[best] = False
-    return taken
 
+    def __init__(
+        self,
+        predictions: Sequence[Mapping],
+        references: Sequence[Mapping],
+        num_classes: int | None = None,
+        iou_thresholds: Sequence[float] = IOU_THRESHOLDS,
+        official: bool = False,
+        images: Sequence[int] | None = None,
+        num_images: int | None = None,
+    ):
+        found, targets, num_classes = read_detections(predictions, references, num_classes)
+        units, self.num_units = check_units(images, num_images, len(predictions))
+        thresholds = sorted({*iou_thresholds, *REPORTED.values()})
+        self.detections = PooledDetections(found, targets, num_classes, thresholds, units, self.num_units)
+        self.official = official
+        self._averaged = [thresholds.index(t) for t in iou_thresholds]
+        self._reported = [thresholds.index(t) for t in REPORTED.values()]
+        if not self._averaged:
+            raise ValueError("`iou_thresholds` is empty; give at least one.")
+        self.names = ("map", *REPORTED, *(f"ap_class_{label}" for label in range(num_classes)))
 
-def average_precision(true_positive: np.ndarray, num_targets: int) -> float:
-    """101-point AP of predictions sorted by falling score: `true_positive` (n,) bool, `num_targets` > 0."""
-    if num_targets <= 0:
-        raise ValueError("Average precision is undefined without targets: call it only for classes that have some.")
-    hits = np.cumsum(np.asarray(true_positive, dtype=np.int64))
-    if not len(hits):
-        return 0.0
-    recall = hits / num_targets
-    precision = hits / np.arange(1, len(hits) + 1)
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    index = np.searchsorted(recall, RECALL_LEVELS, side="left")
-    return float(np.where(index < len(hits), envelope[np.minimum(index, len(hits) - 1)], 0.0).mean())
+    def table(self, counts: np.ndarray) -> np.ndarray:
+        """AP (B, classes, 1 + len(REPORTED)): mean over the IoU thresholds, and at each reported one."""
+        precision, _ = self.detections(counts)
+        if self.official:
+            precision = np.nan_to_num(precision, nan=0.0)
+        return np.concatenate(
+            [precision[..., self._averaged].mean(-1, keepdims=True), precision[..., self._reported]], -1
+        )
+
+    def __call__(self, counts: np.ndarray) -> np.ndarray:
+        """`counts` (B, N) -> values (B, len(names)); see `evaluation.bootstrap.Statistic`."""
+        table = self.table(counts)
+        return np.concatenate([nanmean(table, axis=1), table[..., 0]], axis=1)
 
 
 def detection_map(
@@ -80,94 +109,27 @@ def detection_map(
     Equal scores keep the order of the input (images in order, boxes in order), so the result is reproducible.
 
     Raises:
-        ValueError: if the two lists differ in length, a dict's arrays differ in length, or a label is out of range.
+        ValueError: if the two lists differ in length, a dict's arrays differ in length, a box is not finite or has a
+            negative size, a score is NaN, or a label is out of range; the entry is named.
     """
-    if len(predictions) != len(references):
-        raise ValueError(
-            f"{len(predictions)} predictions for {len(references)} references: give one dict per image in both."
-        )
-    flat = [_arrays(item, index, "predictions") for index, item in enumerate(predictions)]
-    targets = [_arrays(item, index, "references") for index, item in enumerate(references)]
-    seen = [labels.max() for _, labels, _ in (*flat, *targets) if len(labels)]
-    if num_classes is None:
-        num_classes = int(max(seen, default=-1)) + 1
-    elif seen and max(seen) >= num_classes:
-        raise ValueError(f"A label {int(max(seen))} does not fit num_classes={num_classes}; labels start at 0.")
-
-    thresholds = sorted({*iou_thresholds, 0.1, 0.3, 0.5})
-    table: list[dict[float, float] | None] = []
-    per_class: list[dict] = []
-    for label in range(num_classes):
-        values, num_targets, num_predictions = _class_average_precision(flat, targets, label, thresholds)
-        table.append(values)
-        per_class.append(
-            {
-                "ap": None if values is None else float(np.mean([values[t] for t in iou_thresholds])),
-                "ap50": None if values is None else values[0.5],
-                "ground_truths": num_targets,
-                "predictions": num_predictions,
-            }
-        )
-    absent = dict.fromkeys(thresholds, 0.0)
-    counted = [values if values is not None else absent for values in table if values is not None or official]
-
-    def mean(chosen: Sequence[float]) -> float | None:
-        return float(np.mean([[values[t] for t in chosen] for values in counted])) if counted else None
-
+    statistic = DetectionMapStatistic(predictions, references, num_classes, iou_thresholds, official)
+    counts = np.ones((1, statistic.num_units))
+    values = dict(zip(statistic.names, statistic(counts)[0].tolist(), strict=True))
+    averaged, at50 = statistic.table(counts)[0][:, [0, 1 + list(REPORTED).index("map50")]].T
+    num_targets, num_predictions = statistic.detections.num_targets, statistic.detections.num_predictions
     return {
-        "map": mean(iou_thresholds),
-        "map10": mean((0.1,)),
-        "map30": mean((0.3,)),
-        "map50": mean((0.5,)),
-        "per_class": per_class,
-        "classes_defined": sum(values is not None for values in table),
+        **{name: None if np.isnan(values[name]) else values[name] for name in ("map", *REPORTED)},
+        "per_class": [
+            {
+                "ap": float(averaged[label]) if num_targets[label] else None,
+                "ap50": float(at50[label]) if num_targets[label] else None,
+                "ground_truths": int(num_targets[label]),
+                "predictions": int(num_predictions[label]),
+            }
+            for label in range(len(num_targets))
+        ],
+        "classes_defined": int((num_targets > 0).sum()),
     }
-
-
-def _arrays(item: Mapping, index: int, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    boxes = np.asarray(item["boxes"], dtype=np.float64).reshape(-1, 4)
-    labels = np.asarray(item["labels"], dtype=np.int64).reshape(-1)
-    scores = np.asarray(item["scores"] if "scores" in item else np.ones(len(boxes)), dtype=np.float64).reshape(-1)
-    if not len(boxes) == len(labels) == len(scores):
-        raise ValueError(
-            f"`{name}[{index}]` has {len(boxes)} boxes, {len(labels)} labels and {len(scores)} scores; "
-            "it needs one label (and one score) per box."
-        )
-    if np.isnan(scores).any() or np.isnan(boxes).any():
-        raise ValueError(f"`{name}[{index}]` contains NaN in its boxes or scores; remove these entries first.")
-    return boxes, labels, scores
-
-
-def _class_average_precision(
-    predictions: list, targets: list, label: int, thresholds: Sequence[float]
-) -> tuple[dict[float, float] | None, int, int]:
-    """AP per threshold of one class (None without targets), number of targets, number of predictions."""
-    scores: list[np.ndarray] = []
-    hits: list[np.ndarray] = []
-    num_targets = 0
-    for (boxes, labels, confidence), (target_boxes, target_labels, _) in zip(predictions, targets, strict=True):
-        target_boxes = target_boxes[target_labels == label]
-        num_targets += len(target_boxes)
-        chosen = labels == label
-        if not chosen.any():
-            continue
-        order = np.argsort(-confidence[chosen], kind="stable")
-        scores.append(confidence[chosen][order])
-        matched = np.zeros((len(order), len(thresholds)), dtype=bool)
-        if len(target_boxes):
-            iou = pairwise_iou(boxes[chosen][order], target_boxes)
-            for column, threshold in enumerate(thresholds):
-                matched[:, column] = match_greedily(iou, threshold) >= 0
-        hits.append(matched)
-    num_predictions = sum(len(part) for part in scores)
-    if not num_targets:
-        return None, 0, num_predictions
-    if not num_predictions:
-        return dict.fromkeys(thresholds, 0.0), num_targets, 0
-    order = np.argsort(-np.concatenate(scores), kind="stable")
-    ranked = np.concatenate(hits)[order]
-    values = {t: average_precision(ranked[:, column], num_targets) for column, t in enumerate(thresholds)}
-    return values, num_targets, num_predictions
 
 
 class DetectionMap(evaluate.Metric):
