@@ -210,8 +210,35 @@ class ChexPipeline(Pipeline):
             ValueError: for an unusable image, prompt or box, or if there is neither prompt nor box.
         """
         inputs = self.preprocess(image, prompts, boxes, geometry)
-        outputs = self.forward(inputs, sentences=sentences, generate_kwargs=generate_kwargs)
-        return self._explanation(outputs, threshold)
+        (explanation,) = self.explain_read([inputs], threshold, sentences, generate_kwargs)
+        return explanation
+
+    def explain_read(
+        self,
+        items: Sequence[Mapping[str, Any]],
+        threshold: float = 0.5,
+        sentences: bool | None = None,
+        generate_kwargs: dict[str, Any] | None = None,
+    ) -> list[Explanation]:
+        """Answer the prompts and boxes about images that were read one by one, in one batch.
+
+        Args:
+            items: one or more results of `preprocess`, with the same number of boxes.
+            threshold, sentences, generate_kwargs: as for the class.
+        """
+        columns = {name: [item[name] for item in items] for name in items[0]}
+        batch = {name: torch.cat(c) if isinstance(c[0], torch.Tensor) else c for name, c in columns.items()}
+        outputs = self.forward(batch, sentences=sentences, generate_kwargs=generate_kwargs)
+
+        def part(value: Any, number: int) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value[number : number + 1]
+            return None if value is None else value[number]
+
+        return [
+            self._explanation({name: part(value, number) for name, value in outputs.items()}, threshold)
+            for number in range(len(items))
+        ]
 
     @torch.no_grad()
     def report(

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from modeling_chex.pipeline_chex import TASK, ChexPipeline, Report, ReportSenten
 from processing_chex import ChexInputError, ChexProcessor
 from processing_chex.processing_chex import validate_prompts
 from processing_chex.prompt_sets import class_prompts
+from processing_chex.report import report_options
 
 
 class ChexExplainer(ChexPipeline):
@@ -95,6 +96,29 @@ def load_model(
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 
+def check_model_folder(
+    folder: str | Path, prompts: Sequence[str] = (), sentences: bool = True, max_length: int | None = None
+) -> None:
+    """Check what can be checked of a model folder without loading it, the prompts, and the length of sentences.
+
+    Raises:
+        ChexInputError: as `load_model` and `check_max_length` would.
+    """
+    validate_prompts(prompts)
+    config = _check_folder(Path(folder), sentences)
+    positions = (config.get("generator_config") or {}).get("n_positions")
+    if max_length is not None and positions is not None and max_length > positions:
+        raise ChexInputError(f"--max-length {max_length} is more than this model can write: use at most {positions}.")
+
+
+def check_report_options(options: Mapping[str, Any]) -> None:
+    """Raise `ChexInputError` for options of `report` that are not allowed, the classes included."""
+    try:
+        class_prompts(report_options(**options).findings)
+    except ValueError as error:
+        raise ChexInputError(str(error)) from error
+
+
 def check_max_length(model: ChexModel, max_length: int | None) -> None:
     """Raise `ChexInputError` if sentences of `max_length` tokens exceed the positions of the generator."""
     generator = model.config.generator_config
@@ -144,6 +168,8 @@ __all__ = [
     "Report",
     "ReportSentence",
     "check_max_length",
+    "check_model_folder",
+    "check_report_options",
     "default_prompts",
     "load_model",
     "parse_box",

@@ -212,7 +212,6 @@ def test_bad_files_are_named_and_the_others_are_processed(model_folder, png, tmp
         truncated: "truncated",
         save_dicom(tmp_path / "ct.dcm", gradient(9, 9, 99, np.uint16), Modality="CT"): "computed tomography",
         save_dicom(tmp_path / "report.dcm", None): "without pixel data",
-        tmp_path: "folder",
     }
     for name, content in {"empty.png": b"", "empty.dcm": b"", "notes.txt": b"hello"}.items():
         (tmp_path / name).write_bytes(content)
