@@ -12,6 +12,9 @@ import datasets
 import evaluate
 import numpy as np
 
+from evaluation.metrics.clinical_f1.clinical_f1 import CellStatistic, positive_cells
+from evaluation.metrics.text_preparation import named_values
+
 
 _DESCRIPTION = "Micro, macro and example-based F1 of the findings stated in generated texts."
 _CITATION = ""
@@ -52,49 +55,25 @@ def finding_f1(
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references: give one dict per text.")
     if classes is None:
         classes = sorted({name for labels in (*predictions, *references) for name in labels})
-    positive_values = {1, -1} if uncertain_positive else {1}
+    tables = [
+        positive_cells(labels, classes, uncertain_positive, side)
+        for side, labels in (("predictions", predictions), ("references", references))
+    ]
+    count = len(predictions)
 
-    def matrix(items: Sequence[Mapping[str, int]]) -> np.ndarray:
-        for index, labels in enumerate(items):
-            for name, value in labels.items():
-                if value not in (1, 0, -1):
-                    raise ValueError(f"Text {index} has the label {name}={value}; only 1, 0 and -1 are labels.")
-        values = [[labels.get(name) in positive_values for name in classes] for labels in items]
-        return np.array(values, dtype=bool).reshape(len(items), len(classes))
-
-    predicted, actual = matrix(predictions), matrix(references)
-    true_positive = predicted & actual
-    micro = _scores(true_positive.sum(), predicted.sum(), actual.sum())
-    per_class = {}
-    for column, name in enumerate(classes):
-        scores = _scores(true_positive[:, column].sum(), predicted[:, column].sum(), actual[:, column].sum())
-        per_class[name] = {**scores, "support": int(actual[:, column].sum())}
+    # Classes and sets without any positive count 0 in micro and macro, as in the official code.
+    zero_counted = CellStatistic(*tables, classes, np.arange(count), count, official=True)
+    values = named_values(zero_counted)
+    counted = zero_counted if official else CellStatistic(*tables, classes, np.arange(count), count)
     return {
-        "micro_f1": micro["f1"],
-        "micro_precision": micro["precision"],
-        "micro_recall": micro["recall"],
-        "macro_f1": float(np.mean([v["f1"] for v in per_class.values()])) if per_class else 0.0,
-        "example_f1": _example_f1(true_positive.sum(1), predicted.sum(1), actual.sum(1), official),
-        "per_class": per_class,
-        "count": len(predictions),
+        **{name: values[name] or 0.0 for name in ("micro_f1", "micro_precision", "micro_recall", "macro_f1")},
+        "example_f1": named_values(counted)["example_f1"],
+        "per_class": {
+            name: {**{score: row[score] or 0.0 for score in ("f1", "precision", "recall")}, "support": row["support"]}
+            for name, row in zero_counted.class_rows().items()
+        },
+        "count": count,
     }
-
-
-def _scores(true_positive: int, predicted: int, actual: int) -> dict[str, float]:
-    return {
-        "f1": float(2 * true_positive / (predicted + actual)) if predicted + actual else 0.0,
-        "precision": float(true_positive / predicted) if predicted else 0.0,
-        "recall": float(true_positive / actual) if actual else 0.0,
-    }
-
-
-def _example_f1(true_positive: np.ndarray, predicted: np.ndarray, actual: np.ndarray, official: bool) -> float | None:
-    total = predicted + actual
-    values = np.divide(2 * true_positive, total, out=np.ones(len(total)), where=total > 0)
-    if official:
-        # 2PR / (P + R) is 0/0 as soon as there is no true positive, and the official mean skips undefined values.
-        values = values[true_positive > 0]
-    return float(values.mean()) if len(values) else None
 
 
 class FindingF1(evaluate.Metric):
