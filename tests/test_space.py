@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import psutil
 import pytest
 import torch
 
@@ -378,6 +379,37 @@ def test_two_users_see_only_their_own_image(browser, server, page, tmp_path):
     # a narrow window needs no scrolling to the side
     assert other.evaluate("document.documentElement.scrollWidth") <= 360
     other.context.close()
+
+
+@browser_test
+@pytest.mark.slow
+def test_twenty_users_at_once(browser, server):
+    process = psutil.Process(server[1].pid)
+    pages = [browser.new_context(viewport={"width": 900, "height": 700}).new_page() for _ in range(20)]
+    for page in pages:
+        page.set_default_timeout(120_000)
+        open_page(page, server[0])
+    take_example(pages[0])  # what is loaded only once is loaded
+    ask(pages[0], "Heart")
+    before = process.memory_info().rss
+    for number, page in enumerate(pages):
+        page.locator("#examples button").nth(number % 4).click()
+    for page in pages:
+        page.wait_for_selector("#viewer .stage.ready")
+    for number, page in enumerate(pages):
+        box = page.locator("#prompt textarea, #prompt input").first
+        box.fill(f"Finding number {number}")
+        box.press("Enter")
+    for number, page in enumerate(pages):
+        page.wait_for_function(
+            f"document.querySelector('#viewer .rows').innerText.includes('Finding number {number}')"
+        )
+        other = [n for n in range(20) if n != number]
+        shown = page.locator("#viewer .rows").inner_text()
+        assert not any(re.search(rf"Finding number {n}\\b", shown) for n in other)
+    assert process.memory_info().rss - before < 400 * 2**20
+    for page in pages:
+        page.context.close()
 
 
 def test_a_missing_model_is_explained(tmp_path):
