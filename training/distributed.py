@@ -150,10 +150,11 @@ def lost_process(error: BaseException) -> str | None:
         return None
     if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
         return None
-    first_line = str(error).strip().splitlines()[0]
+    # its first sentence, without the place in the source of the library
+    reason = re.sub(r"^\[[^\]]*\] ", "", str(error).strip().splitlines()[0]).split(". ")[0].rstrip(".")
     return (
         f"Process {dist.get_rank()} of {dist.get_world_size()} has lost another one, which ended or did not answer "
-        f"in time ({first_line}). Its own message says why, if it left one; one killed for memory leaves none. The "
+        f"in time ({reason}). Its own message says why, if it left one; one killed for memory leaves none. The "
         "same command goes on from the last checkpoint."
     )
 
