@@ -265,7 +265,7 @@ class MimicBuilder(RawBuilder):
                 counts["with a report"] += 1
             folder = f"{self.folders['jpg']}/files/p{subject[:2]}/p{subject}/s{study}"
             try:
-                height, width = int(rows), int(columns)
+                height, width = _whole(rows), _whole(columns)
             except ValueError as error:
                 raise ValueError(
                     f"{path}: Rows and Columns of {image} are {rows!r} and {columns!r} instead of whole numbers. The "
@@ -329,6 +329,14 @@ class MimicBuilder(RawBuilder):
         if not sentences:
             raise DroppedRecord("the report has no sentences of findings or impression")
         return sentences
+
+
+def _whole(text: str) -> int:
+    """A whole number, also if programs that edit tables have written it as 620.0; raises ValueError for others."""
+    number = float(text)
+    if not number.is_integer():
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(number)
 
 
 def _report_name(subject: str, study: str) -> str:

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import ClassVar
 
 from processing_chex.vocabulary import NIH8_CLASSES
-from training.data.raw import RawBuilder, RawConfig, RejectedRecord, Source, clipped_box, image_size, read_table
+from training.data.raw import (
+    RawBuilder,
+    RawConfig,
+    RejectedRecord,
+    Source,
+    clipped_box,
+    image_size,
+    read_numbered_table,
+)
 from training.data.record import VIEWS, empty_record
 
 
@@ -157,18 +165,20 @@ class NihCxr14(RawBuilder):
 
     def _boxes(self, path: Path) -> dict[str, list[tuple[int, list[float]]]]:
         """Image -> (class index, xyxy pixels) of its boxes in the order of the file."""
-        rows = read_table(
-            path,
-            ["Image Index", "Finding Label", *_COORDINATES],
-            "The header of the original file is: Image Index,Finding Label,Bbox [x,y,w,h],,,",
+        rows = list(
+            read_numbered_table(
+                path,
+                ["Image Index", "Finding Label", *_COORDINATES],
+                "The header of the original file is: Image Index,Finding Label,Bbox [x,y,w,h],,,",
+            )
         )
-        if repeated := [row for row, count in Counter(tuple(row.values()) for row in rows).items() if count > 1]:
+        if repeated := [row for row, count in Counter(tuple(row.values()) for _, row in rows).items() if count > 1]:
             raise ValueError(
                 f"{path} has {len(repeated)} rows more than once, such as {','.join(repeated[0])}: download it again."
             )
         boxes: dict[str, list[tuple[int, list[float]]]] = {}
         unusable = 0
-        for number, row in enumerate(rows, start=2):
+        for number, row in rows:
             where, image, finding = f"{path}, line {number}", row["Image Index"].strip(), row["Finding Label"].strip()
             if not _IMAGE_NAME.fullmatch(image):
                 raise ValueError(f"{where}: {image!r} is not the name of an image, such as 00013118_008.png.")
@@ -195,7 +205,7 @@ class NihCxr14(RawBuilder):
         """Image -> labels of the eight classes and the index of its view, -1 if unknown."""
         entries: dict[str, tuple[list[int], int]] = {}
         repeated = []
-        for number, row in enumerate(read_table(path, ["Image Index", "Finding Labels", "View Position"]), start=2):
+        for number, row in read_numbered_table(path, ["Image Index", "Finding Labels", "View Position"]):
             image, findings = row["Image Index"], row["Finding Labels"].split("|")
             if unknown := set(findings).difference(self.CLASSES, OTHER_FINDINGS):
                 raise ValueError(

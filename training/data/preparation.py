@@ -194,7 +194,10 @@ class _Recipe:
     image_format: str
 
     def builder(self) -> RawBuilder | PhantomSource:
-        return self.source(**self.arguments)
+        # Constructing a builder makes its cache folder, in which nothing is kept here. It is gone again at once, so
+        # that not even a killed process leaves it behind.
+        with tempfile.TemporaryDirectory(prefix="chex-prepare-") as cache_dir:
+            return self.source(**self.arguments, cache_dir=cache_dir)
 
 
 @dataclass(frozen=True)
@@ -294,12 +297,10 @@ def prepare(
     arguments: dict[str, object] = {"data_dir": str(data_dir) if data_dir is not None else None, **(options or {})}
     if source is PhantomSource:
         arguments.setdefault("image_size", size)
-    # Constructing a builder makes its cache folder, in which nothing is kept here.
-    with tempfile.TemporaryDirectory(prefix="chex-prepare-") as cache_dir:
-        recipe = _Recipe(source, arguments | {"cache_dir": cache_dir}, size, image_format)
-        builder = recipe.builder()
-        with _locked(out):
-            return _Preparation(recipe, builder, out, max_rejected, overwrite, say).run(num_proc or _cores())
+    recipe = _Recipe(source, arguments, size, image_format)
+    builder = recipe.builder()
+    with _locked(out):
+        return _Preparation(recipe, builder, out, max_rejected, overwrite, say).run(num_proc or _cores())
 
 
 @contextlib.contextmanager
@@ -479,6 +480,10 @@ class _Preparation:
         )
         if context.get_start_method() == "forkserver":
             context.set_forkserver_preload([__name__, self.recipe.source.__module__])
+            from multiprocessing import forkserver  # not everywhere
+
+            with _interrupts_waiting():  # while the server imports, it would end with a traceback
+                forkserver.ensure_running()
         stop = context.Event()
         # Each element is written by one process only, so that a killed one cannot leave a lock behind.
         ticks = context.RawArray("q", len(pending))
@@ -830,6 +835,19 @@ def _sync(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextlib.contextmanager
+def _interrupts_waiting() -> Iterator[None]:
+    """Hold Ctrl-C back, here until the end of the block, and for ever in processes that are started in it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Progress:

@@ -396,9 +396,15 @@ def read_table(path: Path, columns: Iterable[str], hint: str = "") -> list[dict[
     Raises:
         ValueError: Missing columns, a row of another length, or a file that is no csv; see also `read_bytes`.
     """
+    return [row for _, row in read_numbered_table(path, columns, hint)]
+
+
+def read_numbered_table(path: Path, columns: Iterable[str], hint: str = "") -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of `read_table`, each with the number of its line in the file, for messages."""
     rows = _csv_rows(path, columns, hint)
-    header = next(rows)
-    return [dict(zip(header, values, strict=True)) for values in rows]
+    _, header = next(rows)
+    for line, values in rows:
+        yield line, dict(zip(header, values, strict=True))
 
 
 def read_columns(path: Path, columns: Sequence[str], unique: str | None = None) -> dict[str, list[str]]:
@@ -412,10 +418,10 @@ def read_columns(path: Path, columns: Sequence[str], unique: str | None = None) 
         ValueError: As `read_table`, and repeated values.
     """
     rows = _csv_rows(path, columns)
-    header = next(rows)
+    _, header = next(rows)
     values: dict[str, list[str]] = {name: [] for name in columns}
     targets = [(header.index(name), values[name].append) for name in columns]
-    for row in rows:
+    for _, row in rows:
         for index, append in targets:
             append(row[index])
     if unique and len(set(values[unique])) < len(values[unique]):
@@ -427,8 +433,8 @@ def read_columns(path: Path, columns: Sequence[str], unique: str | None = None) 
     return values
 
 
-def _csv_rows(path: Path, columns: Iterable[str], hint: str = "") -> Iterator[list[str]]:
-    """The header, then all rows, each as long as the header."""
+def _csv_rows(path: Path, columns: Iterable[str], hint: str = "") -> Iterator[tuple[int, list[str]]]:
+    """The header, then all rows, each as long as the header, with the numbers of their lines."""
     reader = csv.reader(io.TextIOWrapper(io.BytesIO(read_bytes(path)), encoding="utf-8-sig", newline=""))
     try:
         header = [name.strip() for name in next(reader, [])]
@@ -439,7 +445,7 @@ def _csv_rows(path: Path, columns: Iterable[str], hint: str = "") -> Iterator[li
                 f"{path} lacks the columns {', '.join(missing)}; found: {', '.join(header) or 'none'}. "
                 f"{hint or 'It is not the table of that name, or was edited: download it again.'}"
             )
-        yield header
+        yield reader.line_num, header
         for values in reader:
             if not values:
                 continue
@@ -450,7 +456,7 @@ def _csv_rows(path: Path, columns: Iterable[str], hint: str = "") -> Iterator[li
                     f"{path}, line {reader.line_num}: {len(values)} fields where the header has {len(header)}. The "
                     "file is truncated or damaged: download it again."
                 )
-            yield values
+            yield reader.line_num, values
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} is not a csv file in UTF-8 ({error}, after line {reader.line_num}): download it again."

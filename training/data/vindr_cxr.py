@@ -19,7 +19,15 @@ import pydicom
 from pydicom.pixels import get_decoder
 
 from processing_chex.vocabulary import VINDR_CLASSES, VINDR_GLOBAL_CLASSES
-from training.data.raw import RawBuilder, RawConfig, RejectedRecord, Source, clipped_box, dicom_size, read_table
+from training.data.raw import (
+    RawBuilder,
+    RawConfig,
+    RejectedRecord,
+    Source,
+    clipped_box,
+    dicom_size,
+    read_numbered_table,
+)
 from training.data.record import empty_record
 
 
@@ -149,7 +157,7 @@ class VindrCxr(RawBuilder):
         """Image -> the 22 labels of each of its rows, in the order of the file."""
         values = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
         labels: dict[str, list[list[int]]] = {}
-        for number, row in enumerate(read_table(path, ["image_id", *self.CLASSES]), start=2):
+        for number, row in read_numbered_table(path, ["image_id", *self.CLASSES]):
             wrong = next((name for name in self.CLASSES if row[name].strip() not in values), None)
             if wrong is not None:
                 raise ValueError(f"{path}, line {number}: {wrong} is {row[wrong]!r}, but a label is 0 or 1.")
@@ -160,9 +168,7 @@ class VindrCxr(RawBuilder):
         """Image -> (class index, xyxy pixels) of its usable boxes in the order of the file, [] if it has none."""
         boxes: dict[str, list[tuple[int, list[float]]]] = {}
         unusable: Counter[str] = Counter()
-        for number, row in enumerate(
-            read_table(path, ["image_id", "class_name", *_COORDINATES], _KAGGLE_HINT), start=2
-        ):
+        for number, row in read_numbered_table(path, ["image_id", "class_name", *_COORDINATES], _KAGGLE_HINT):
             if "class_id" in row:
                 raise ValueError(f"{self.TITLE}: {path} is of no use. {_KAGGLE_HINT}")
             image, name = row["image_id"], row["class_name"].strip()
