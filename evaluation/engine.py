@@ -175,6 +175,9 @@ def evaluate(
         raise NothingToRun(
             "None of the tasks can be run: " + "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         )
+    labelers = Labelers(str(model.device))
+    if options.labeler is not None and options.score and any(run.task.needs_text for run in runs):
+        processes.share(lambda: _check_labeler(options.labeler, labelers))
     reuse = options.score and not options.rescore
     stored = processes.share(lambda: _stored_results(runs, model, output, options) if reuse else {})
     pending = [run for run in runs if run.task.name not in stored]
@@ -185,7 +188,6 @@ def evaluate(
     if not options.score or not processes.is_main:
         return None
 
-    labelers = Labelers(str(model.device))
     results = {name: entry["result"] for name, entry in stored.items()}
     described = {}
     for run in runs:
@@ -362,6 +364,12 @@ def _plan(
     for name, tuning in processes.share(stored_tuning).items():
         next(run for run in runs if run.task.name == name).tuning = tuning
     return runs, skipped
+
+
+def _check_labeler(spec: str, labelers: Labelers) -> None:
+    """Before hours of predictions."""
+    if reason := labelers.get(spec)[1]:
+        raise ValueError(f"--labeler {spec}: {reason}.")
 
 
 def _preset(task: Task, options: Options) -> Preset:

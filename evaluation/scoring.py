@@ -572,21 +572,29 @@ def _shared_words(generated: str, reference: str) -> float:
 
 def _score_findings(inputs: Inputs, scored: Scored, texts: Texts) -> np.ndarray | None:
     """Metrics of the findings that texts state; returns the F1 of each text, or None without a labeller."""
-    spec = inputs.labeler or ""
-    finding_metrics = [name for name in FINDING_METRICS if name in inputs.wanted]
-    if not finding_metrics:
+    from evaluation.metrics.clinical_f1.clinical_f1 import ClinicalF1Statistic
+
+    wanted = [name for name in FINDING_METRICS if name in inputs.wanted]
+    if not wanted:
         return None
+    spec = inputs.labeler or ""
     labeler, reason = inputs.labelers.get(spec)
     if labeler is None:
         chexpert = spec.startswith("chexbert")
-        for name in finding_metrics:
-            if name.endswith(("_14", "_5")) == chexpert:
-                scored.not_computed[name] = reason
+        scored.not_computed |= {name: reason for name in wanted if name.endswith(("_14", "_5")) == chexpert}
         return None
-    distinct = list(dict.fromkeys((*texts.generated, *texts.references)))
-    found = dict(zip(distinct, labeler(distinct), strict=True))
-    generated, references = ([found[text] for text in part] for part in (texts.generated, texts.references))
-    raise NotImplementedError
+    generated, references = (labeler(part) for part in (texts.generated, texts.references))
+    arguments = (generated, references, texts.owners, inputs.images, labeler.classes)
+    statistic = ClinicalF1Statistic(*arguments)
+    names = {name: name for name in wanted if name in statistic.names}
+    scored.parts.append(Part(statistic, names, ClinicalF1Statistic(*arguments, official=True)))
+    for suffix, part in statistic.parts.items():
+        if suffix != "_5":
+            scored.per_class = [
+                {"name": name, "positives": row["support"], **{key: row[key] for key in ("f1", "precision", "recall")}}
+                for name, row in part.class_rows().items()
+            ]
+    return statistic.pair_f1
 
 
 def _score_language(inputs: Inputs, scored: Scored, texts: Texts) -> None:

@@ -28,8 +28,11 @@ TEXT_KINDS = ("box_description", "region_description", "report_generation")
 
 DETECTION_METRICS = ("map", "map10", "map30", "map50", "coco_map")
 FINDING_METRICS = (
-    *("micro_f1_14", "macro_f1_14", "micro_f1_5", "macro_f1_5", "example_f1_14"),  # labellers of CheXpert's classes
-    *("micro_f1", "macro_f1", "example_f1"),  # labellers of other classes
+    # labellers of CheXpert's classes
+    *("micro_f1_14", "macro_f1_14", "micro_f1_5", "macro_f1_5", "example_f1_14"),
+    *("micro_precision_14", "micro_recall_14"),
+    # labellers of other classes
+    *("micro_f1", "macro_f1", "example_f1", "micro_precision", "micro_recall"),
 )
 # Of normal and abnormal regions; and how much better the text of its own region fits than those of others.
 REGION_METRICS = ("meteor_normal", "meteor_abnormal", "meteor_ratio")
