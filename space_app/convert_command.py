@@ -129,6 +129,31 @@ def chexzero(
         typer.echo(f"Next: accelerate launch training/stage1.py init_from={output}")
 
 
+@convert_app.command("chexbert")
+def chexbert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="The published chexbert.pth.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|ID|FILE",
+            help="Its tokenizer: folder, Hub id or vocab.txt. Default: bert-base-uncased, if the Hub cache has it.",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a CheXbert that is there already.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Convert CheXbert, which reads findings in reports for `chex evaluate`."""
+    with ErrorReporter(debug).guard("chex convert chexbert", fatal=True):
+        from evaluation.labelers.chexbert_checkpoint import convert_chexbert
+
+        conversion = convert_chexbert(source, output, tokenizer, overwrite)
+        typer.echo(
+            f"Converted {conversion.checkpoint}: {conversion.num_parameters:,} parameters in {conversion.output}."
+        )
+        typer.echo(f"Next: chex evaluate --labeler chexbert:{output}")
+
+
 def print_conversion(conversion: "Conversion") -> None:
     """What was converted, and what the folder lacks."""
     typer.echo(f"Converted {conversion.checkpoint}: {conversion.num_parameters:,} parameters in {conversion.output}.")
