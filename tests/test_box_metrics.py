@@ -625,3 +625,16 @@ def test_pairwise_iou_broadcasts_as_pairs():
     assert np.diag(pairwise_iou(first, second)) == pytest.approx(
         [pairwise_iou([a], [b])[0, 0] for a, b in zip(first, second, strict=True)]
     )
+
+
+def test_examples_of_the_documentation():
+    text = (METRICS.parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    names = {}
+    exec(next(block for block in blocks if "detection_map(" in block), names)
+    assert names["detection_map"](names["predictions"], names["references"], num_classes=2)["map50"] == 1.0
+    worse = [item | {"boxes": [[1, 1, 3, 3], [4, 4, 6, 6]]} for item in names["predictions"]]
+    names["other_predictions"] = worse
+    exec(next(block for block in blocks if "paired_difference(" in block), names)
+    difference = names["paired_difference"](names["first"], names["second"], resamples=5)["map"]
+    assert (difference["value"], difference["above_zero"]) == (pytest.approx(6 / 7), 1.0)  # IoU 1/7, above 0.1 only
