@@ -15,7 +15,7 @@ from processing_chex.prompt_sets import prompts_for_classes
 from processing_chex.vocabulary import MULTI_ANATOMY_MEMBERS, PHANTOM_CLASSES
 from tests.conftest import GOLDEN_DIR
 from tests.test_cli import save_tiny_model
-from training import pretrain_clip
+from training import pretrain_clip, stage1
 from training.collate import RecordDataset, TextTable
 from training.configuration import AugmentationConfig, ObjectiveConfig, OptimizationConfig, StageConfig
 from training.data.phantom import phantom_record
@@ -51,12 +51,17 @@ def setting(tmp_path_factory):
     """A tiny model of stage 3 with its processor, and six phantom studies."""
     folder = save_tiny_model(tmp_path_factory.mktemp("model"), stage=3)
     processor = ChexProcessor.from_pretrained(folder)
+    torch.manual_seed(0)
     rows = [phantom_record(5, number, size=64) for number in range(6)]
     texts = TextTable()
     records = datasets.Dataset.from_list(rows, features=record_features(PHANTOM_CLASSES))
     data = RecordDataset(records, processor.image_processor, texts)
     return SimpleNamespace(
-        model=ChexModel.from_pretrained(folder), processor=processor, texts=texts, batch=data.__getitems__(range(6))[0]
+        folder=folder,
+        model=ChexModel.from_pretrained(folder),
+        processor=processor,
+        texts=texts,
+        batch=data.__getitems__(range(6))[0],
     )
 
 
@@ -272,6 +277,17 @@ def test_activation_of_generator_pretraining(setting):
     chosen = StageConfig(objective_mode="official", model=sizes | {"prefix_act": "silu"})
     network = start(chosen, 16, setting.processor)[0].prefix_projection
     torch.testing.assert_close(network.activation_fn(features), nn.functional.silu(features))
+
+
+def test_stage_1_can_start_with_the_official_attention(setting, monkeypatch):
+    """A property of the model, which is saved with it."""
+    built = []
+    monkeypatch.setattr(stage1, "supervised_stage", lambda config, model, processor: built.append(model))
+    for choice in ({}, {"attention_mode": "legacy"}):
+        stage1.build(StageConfig(init_from=str(setting.folder), model=choice))
+    assert [model.config.attention_mode for model in built] == ["grouped", "legacy"]
+    with pytest.raises(ValueError, match="unknown key 'attention_mod'. Did you mean 'attention_mode'?"):
+        stage1.build(StageConfig(init_from=str(setting.folder), model={"attention_mod": "legacy"}))
 
 
 def test_contrastive_pretraining_has_no_official_mode():

@@ -106,7 +106,9 @@ class FiniteGuard:
         content = {"stage": self.stage} | place | {"terms": {name: v.item() for name, v in terms.items()}}
         content |= {"gradient_norm": value, "batches": batches}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary = self.path.with_suffix(".partial")
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(self.path)
         raise FloatingPointError(
             f"The {what} at update {place['update']}. The items of its batch and all terms are in {self.path}. Lower "
             "optimization.learning_rate, set mixed_precision=no, or leave out what is wrong with these items."

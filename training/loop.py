@@ -66,7 +66,7 @@ logger = logging.getLogger(__name__)
 # What a run writes. The configuration is deleted last: without it, a model would be nobody's.
 RUN_FILES = (
     *("model", "model.partial", "best", "checkpoints", "history.jsonl", "history.partial", "environment.jsonl"),
-    *("nonfinite*.json", "trackers", "config.partial", "config.yaml"),
+    *("nonfinite*.json", "nonfinite*.partial", "trackers", "config.partial", "config.yaml"),
 )
 
 
