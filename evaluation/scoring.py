@@ -1,5 +1,6 @@
 """From the predictions of a task to its result: metrics with intervals, values per class, curves, examples."""
 
+import importlib.util
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -558,6 +559,7 @@ def _score_texts(inputs: Inputs, texts: Texts) -> Scored:
         return scored
     quality = _score_findings(inputs, scored, texts)
     _score_language(inputs, scored, texts)
+    _score_graphs(inputs, scored, texts)
     if quality is None:
         quality = np.array([_shared_words(*pair) for pair in zip(texts.generated, texts.references, strict=True)])
     scored.image_scores = _mean_by_image(quality, texts.owners, inputs.images)
@@ -638,6 +640,16 @@ def _score_language(inputs: Inputs, scored: Scored, texts: Texts) -> None:
             scored.parts.append(Part(statistic, {name: name for name in names if name in statistic.names}))
         except MetricUnavailable as error:
             scored.not_computed |= dict.fromkeys(names, str(error))
+
+
+def _score_graphs(inputs: Inputs, scored: Scored, texts: Texts) -> None:
+    """F1 of entities and relations, where a RadGraph parser is there."""
+    if not inputs.wants("radgraph_f1"):
+        return
+    if importlib.util.find_spec("evaluation.metrics.radgraph_f1.radgraph_f1") is None:
+        scored.not_computed["radgraph_f1"] = "needs the module evaluation.metrics.radgraph_f1, which is not installed"
+        return
+    raise NotImplementedError
 
 
 def _score_box_description(inputs: Inputs) -> Scored:

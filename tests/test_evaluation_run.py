@@ -748,3 +748,17 @@ def test_own_data_with_classes_of_its_own(workspace, tmp_path):
     for name, metric in (("region_classification", "wauroc"), ("anatomy_localization", "miou")):
         assert results[name]["metrics"][metric]["value"] is None
         assert any("No region" in note for note in results[name]["notes"])
+
+
+def test_chex_evaluate_is_the_same_program(workspace, tmp_path):
+    from typer.testing import CliRunner
+
+    from space_app.cli import app
+
+    shown = CliRunner().invoke(app, ["evaluate", "--help"])
+    assert shown.exit_code == 0
+    assert "--optimize-inference" in shown.output
+    assert "od_vindr" in shown.output
+    wrong = CliRunner().invoke(app, ["evaluate", *arguments_of(workspace, tmp_path, "--tasks", "sgg")])
+    assert wrong.exit_code == 2
+    assert CliRunner().invoke(app, ["evaluate", "--model", "x"]).exit_code == 2
