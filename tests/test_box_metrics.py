@@ -366,6 +366,13 @@ def test_plain_values_are_the_point_estimates_exactly(name):
     assert points == [None if np.isnan(value) else value for value in values]
 
 
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_counts_of_another_number_of_units_are_refused(name):
+    statistic, _ = CASES[name](np.random.default_rng(0))
+    with pytest.raises(ValueError, match=rf"expected \(resamples, {statistic.num_units}\)"):
+        statistic(np.ones((2, statistic.num_units + 1)))
+
+
 def test_values_do_not_depend_on_chunks(monkeypatch):
     rng = np.random.default_rng(2)
     predictions, references = random_detections(rng, images=20, most_targets=8, most_predictions=12)

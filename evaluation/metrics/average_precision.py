@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from scipy import sparse
 
+from evaluation.bootstrap import check_counts
 from evaluation.metrics.boxes import BoxTable, overlap
 
 
@@ -116,6 +117,7 @@ class PooledDetections:
 
         NaN for a class without targets in a resample.
         """
+        counts = check_counts(counts, self.num_units)
         shape = (len(counts), self.num_classes, len(self.thresholds))
         precision, recall = np.full(shape, np.nan), np.full(shape, np.nan)
         for start in range(0, len(counts), self._rows):

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
+from evaluation.bootstrap import check_counts
+
 
 _CHUNK_ROWS = 256  # resamples at a time, so that the weights of an image stay in the cache
 _EXACT_FLOAT32 = 2**24
@@ -58,9 +60,9 @@ class WeightedAuroc:
 
     def __call__(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`counts` (B, N) -> AUROC (NaN where undefined), positives and negatives, each (B, cells) float64."""
+        counts = check_counts(counts, self.num_units)
         shape = (len(counts), len(self._cells))
         area, positives, negatives = np.full(shape, np.nan), np.zeros(shape), np.zeros(shape)
-        counts = np.asarray(counts)
         # Whole numbers below 2^24 are exact in single precision, which takes half the time.
         whole = np.issubdtype(counts.dtype, np.integer) or bool((counts == np.floor(counts)).all())
         heaviest = float(counts.max(initial=0)) * self._largest

@@ -14,6 +14,7 @@ import datasets
 import evaluate
 import numpy as np
 
+from evaluation.bootstrap import check_counts
 from evaluation.metrics.boxes import check_units
 from evaluation.metrics.weighted_auroc import WeightedAuroc
 
@@ -102,7 +103,7 @@ class BoxAurocStatistic:
 
     def _confusion_of(self, counts: np.ndarray) -> np.ndarray:
         """(B, classes, classes): true class, predicted class."""
-        weighted = np.asarray(counts, dtype=np.float64) @ self._confusion
+        weighted = check_counts(counts, self.num_units) @ self._confusion
         return weighted.reshape(len(weighted), self.num_classes, self.num_classes)
 
     def __call__(self, counts: np.ndarray) -> np.ndarray:

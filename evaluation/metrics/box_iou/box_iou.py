@@ -10,6 +10,7 @@ import datasets
 import evaluate
 import numpy as np
 
+from evaluation.bootstrap import check_counts
 from evaluation.metrics.boxes import check_boxes, check_units, paired_iou
 
 
@@ -68,7 +69,7 @@ class BoxIouStatistic:
 
     def table(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sum of the IoU and number of pairs of each label, both (B, labels)."""
-        counts = np.asarray(counts, dtype=np.float64)
+        counts = check_counts(counts, self.num_units)
         return counts @ self._sums, counts @ self._numbers
 
     def __call__(self, counts: np.ndarray) -> np.ndarray:

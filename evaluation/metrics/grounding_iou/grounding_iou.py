@@ -15,6 +15,7 @@ import datasets
 import evaluate
 import numpy as np
 
+from evaluation.bootstrap import check_counts
 from evaluation.metrics.average_precision import PooledDetections, read_detections
 from evaluation.metrics.boxes import BoxTable, check_units, overlap
 from evaluation.metrics.detection_map.detection_map import IOU_THRESHOLDS, REPORTED
@@ -147,7 +148,7 @@ class GroundingIouStatistic:
 
     def __call__(self, counts: np.ndarray) -> np.ndarray:
         """`counts` (B, N) -> values (B, len(names)); see `evaluation.bootstrap.Statistic`."""
-        sums = np.asarray(counts, dtype=np.float64) @ self._sums
+        sums = check_counts(counts, self.num_units) @ self._sums
         number = len(self.thresholds)
         intersection, union, means, phrases = np.split(sums, [number, 2 * number, sums.shape[1] - 1], axis=1)
         iou = np.divide(intersection, union, out=np.full(union.shape, np.nan), where=union > 0)
