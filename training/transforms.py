@@ -177,9 +177,12 @@ class Augmentation:
         if not images.is_floating_point():
             levels[0] = levels[0] / 255
         height, width = places[1].shape[2], places[0].shape[3]
-        result = torch.empty(len(images), 1, height, width, device=images.device)
-        # What the caches of a processor hold is several times as fast; other devices want everything at once.
-        at_once = IMAGES_AT_ONCE if images.device.type == "cpu" else max(len(images), 1)
+        shape = (len(images), 1, height, width)
+        if images.device.type == "cpu":
+            # What its caches hold is several times as fast; and NumPy asks for huge pages, unlike PyTorch.
+            at_once, result = IMAGES_AT_ONCE, torch.from_numpy(np.empty(shape, dtype=np.float32))
+        else:
+            at_once, result = max(len(images), 1), torch.empty(shape, device=images.device)
         for output, part, *rest in zip(*(x.split(at_once) for x in (result, images, *places, *levels)), strict=True):
             resampled = _resample(part.float(), *rest[: len(places)])
             output.copy_(_adjust(resampled, *rest[len(places) :]))
