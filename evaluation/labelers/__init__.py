@@ -5,11 +5,9 @@
 - `package.module:attribute`: your own (docs/labelers.md).
 """
 
-import importlib
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from .base import (
     CHEXPERT_CLASSES,
@@ -21,6 +19,7 @@ from .base import (
     Labeler,
     LabelerUnavailable,
 )
+from .plugins import call_factory, import_attribute
 
 
 _SPECS = '"phantom", "chexbert:FOLDER" or "package.module:attribute"'
@@ -67,9 +66,7 @@ def load_labeler(spec: str, device: str = "cpu", batch_size: int = 32, progress:
         return CheckedLabeler(PhantomLabeler())
     if kind == "chexbert":
         return CheckedLabeler(_load_chexbert(rest, device, batch_size, progress))
-    if not rest or not kind:
-        raise ValueError(f"There is no labeller {spec!r}; known are {_SPECS}.")
-    return CheckedLabeler(_load_plugin(spec, kind, rest, device))
+    return CheckedLabeler(_load_plugin(spec, device))
 
 
 def _load_chexbert(folder: str, device: str, batch_size: int, progress: bool) -> Labeler:
@@ -85,27 +82,10 @@ def _load_chexbert(folder: str, device: str, batch_size: int, progress: bool) ->
     return ChexbertLabeler.from_folder(path, device=device, batch_size=batch_size, progress=progress)
 
 
-def _load_plugin(spec: str, module_name: str, attribute: str, device: str) -> Labeler:
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        # A module that is there but lacks something of its own needs another remedy than a name that is wrong.
-        missing = error.name
-        if missing is not None and (module_name == missing or module_name.startswith(f"{missing}.")):
-            raise ValueError(
-                f"The labeller {spec!r} cannot be loaded: there is no module {missing!r}. Install its package or put "
-                f"its folder on PYTHONPATH; known are {_SPECS}."
-            ) from error
-        raise ValueError(
-            f"The labeller {spec!r} cannot be loaded: importing {module_name} failed: {error}."
-        ) from error
-    found: Any = module
-    for name in attribute.split("."):
-        if not hasattr(found, name):
-            raise ValueError(f"The labeller {spec!r} cannot be loaded: {module_name} has no attribute {attribute!r}.")
-        found = getattr(found, name)
+def _load_plugin(spec: str, device: str) -> Labeler:
+    found = import_attribute(spec, "labeller", _SPECS)
     if inspect.isclass(found) or (callable(found) and not hasattr(found, "classes")):
-        found = _made(spec, found, device)
+        found = call_factory(spec, found, device, "labeller")
     lacks = [name for name in ("name", "classes") if not hasattr(found, name)]
     if not callable(found):
         lacks.append("__call__")
@@ -122,26 +102,6 @@ def _load_plugin(spec: str, module_name: str, attribute: str, device: str) -> La
             f"{spec!r} is no labeller: its `classes` are not all texts, or some occur twice: {classes!r}."
         )
     return found
-
-
-def _made(spec: str, factory: Any, device: str) -> Any:
-    try:
-        parameters = inspect.signature(factory).parameters
-    except (TypeError, ValueError):  # some built-in functions tell no signature
-        parameters = {}
-    needed = [
-        name
-        for name, parameter in parameters.items()
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        and name != "device"
-    ]
-    if needed:
-        raise ValueError(
-            f"{spec!r} is no labeller: it has no attribute `classes`, and as a function that makes one it must not "
-            f"need arguments (it needs: {', '.join(needed)})."
-        )
-    return factory(device=device) if "device" in parameters else factory()
 
 
 __all__ = [

@@ -25,6 +25,7 @@ import numpy as np
 from evaluation.bootstrap import check_counts
 from evaluation.labelers.base import CHEXPERT_CLASSES, CHEXPERT_FIVE, Labeler
 from evaluation.metrics.text_preparation import named_values, ratio, unit_sums
+from evaluation.metrics.units import check_units
 
 
 _DESCRIPTION = "Micro, macro and example-based precision, recall and F1 of the findings that texts state."
@@ -206,7 +207,7 @@ class ClinicalF1Statistic:
             raise ValueError(f"`classes` are empty, or some occur twice: {classes}.")
         for side, entries in (("predictions", predictions), ("references", references)):
             _check_labels(side, entries, classes)
-        images, self.num_units = _check_units(units, num_units, len(predictions))
+        images, self.num_units = check_units(units, num_units, len(predictions))
         if batch_size is not None:
             if not official or batch_size < 1:
                 raise ValueError(
@@ -289,23 +290,6 @@ def _check_labels(side: str, entries: Sequence[Mapping[str, int] | None], classe
                 f"`{side}[{index}]` has the label {unknown[0]!r}, which is not one of the classes: "
                 f"{', '.join(classes)}. Pass the classes of the labeller as `classes`."
             )
-
-
-def _check_units(units: Sequence[int] | None, num_units: int | None, num_pairs: int) -> tuple[np.ndarray, int]:
-    images = np.arange(num_pairs, dtype=np.int64) if units is None else np.asarray(units)
-    if images.shape != (num_pairs,):
-        raise ValueError(
-            f"`units` has the shape {images.shape} for {num_pairs} pairs: give one image number per pair."
-        )
-    if num_pairs and not np.issubdtype(images.dtype, np.integer):
-        raise ValueError(f"`units` holds {images.dtype} values: image numbers are integers from 0.")
-    images = images.astype(np.int64)
-    highest = int(images.max(initial=-1))
-    num_units = highest + 1 if num_units is None else num_units
-    if num_pairs and (images.min() < 0 or highest >= num_units):
-        wrong = int(images.argmin() if images.min() < 0 else images.argmax())
-        raise ValueError(f"`units[{wrong}]` is {int(images[wrong])}: images are numbered from 0 to {num_units - 1}.")
-    return images, num_units
 
 
 def clinical_f1(
