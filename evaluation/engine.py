@@ -78,6 +78,7 @@ class Options:
         limit: Only the first so many images of each split.
         preset: Of generation; None: "phantom" on the phantom, else "paper".
         labeler: In place of that of the tasks, as for `load_labeler`.
+        radgraph: Which annotator RadGraph F1 uses, as for `load_annotator`.
         examples: Examples in the results of each task.
         overwrite: Replace predictions and tuned settings of another model or other data.
         rescore: Score again what has been scored before.
@@ -96,6 +97,7 @@ class Options:
     limit: int | None = None
     preset: str | None = None
     labeler: str | None = None
+    radgraph: str = "radgraph"
     examples: int = 6
     overwrite: bool = False
     rescore: bool = False
@@ -175,7 +177,7 @@ def evaluate(
         raise NothingToRun(
             "None of the tasks can be run: " + "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         )
-    labelers = Labelers(str(model.device))
+    labelers = Labelers(str(model.device), options.radgraph)
     if options.labeler is not None and options.score and any(run.task.needs_text for run in runs):
         processes.share(lambda: _check_labeler(options.labeler, labelers))
     reuse = options.score and not options.rescore
@@ -397,6 +399,7 @@ def _key(run: _Run, model: ModelSource, options: Options) -> dict[str, Any]:
         "settings": plain(run.settings) if run.settings is not None else None,
         "tuned": run.tuning is not None,
         "labeler": (options.labeler or run.task.labeler) if run.task.needs_text else None,
+        "radgraph": options.radgraph if run.task.needs_text else None,
         "metrics": list(options.metrics) if options.metrics is not None else None,
         "resamples": options.resamples,
         "seed": options.seed,

@@ -52,6 +52,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--official", action="store_true", help="tune with the defects of the official code")
     add("--preset", choices=list(PRESETS), help="of generation; left out: phantom on the phantom, else paper")
     add("--labeler", metavar="SPEC", help="reads findings in texts: phantom, chexbert:DIR or package.module:attribute")
+    add(
+        "--radgraph",
+        default="radgraph",
+        metavar="SPEC",
+        help="annotator: radgraph, radgraph:DIR or package.module:name",
+    )
     add("--batch-size", type=int, default=64, metavar="N", help="images encoded together")
     add("--chunk-images", type=int, default=64, metavar="N", help="images in a file of predictions")
     add("--device", help="left out: what the launcher gives")
@@ -136,6 +142,7 @@ def run(arguments: argparse.Namespace, folders: dict[str, Path], command: str) -
         limit=arguments.limit,
         preset=arguments.preset,
         labeler=arguments.labeler,
+        radgraph=arguments.radgraph,
         examples=arguments.examples,
         overwrite=arguments.overwrite,
         rescore=arguments.rescore,

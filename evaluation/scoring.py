@@ -1,6 +1,5 @@
 """From the predictions of a task to its result: metrics with intervals, values per class, curves, examples."""
 
-import importlib.util
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -99,10 +98,16 @@ class Result:
 
 
 class Labelers:
-    """Labellers by their names, each loaded once; what cannot be loaded keeps its reason."""
+    """
+    Labellers by their names, and RadGraph's annotator, each loaded once; what cannot be loaded keeps its reason.
 
-    def __init__(self, device: str = "cpu"):
-        self.device = device
+    Args:
+        device: Where they run.
+        radgraph: Which annotator, as for `load_annotator`.
+    """
+
+    def __init__(self, device: str = "cpu", radgraph: str = "radgraph"):
+        self.device, self.radgraph = device, radgraph
         self._found: dict[str, Any] = {}
 
     def get(self, spec: str) -> tuple[Any | None, str]:
@@ -115,6 +120,19 @@ class Labelers:
             except LabelerUnavailable as error:
                 self._found[spec] = (None, str(error))
         return self._found[spec]
+
+    def annotator(self) -> tuple[Any | None, str]:
+        """RadGraph's annotator, or None and why."""
+        from evaluation.metrics.radgraph_f1.radgraph_f1 import load_annotator
+        from evaluation.metrics.unavailable import MetricUnavailable
+
+        key = f"annotator {self.radgraph}"
+        if key not in self._found:
+            try:
+                self._found[key] = (load_annotator(self.radgraph, self.device), "")
+            except MetricUnavailable as error:
+                self._found[key] = (None, str(error))
+        return self._found[key]
 
 
 @dataclass
@@ -646,10 +664,14 @@ def _score_graphs(inputs: Inputs, scored: Scored, texts: Texts) -> None:
     """F1 of entities and relations, where a RadGraph parser is there."""
     if not inputs.wants("radgraph_f1"):
         return
-    if importlib.util.find_spec("evaluation.metrics.radgraph_f1.radgraph_f1") is None:
-        scored.not_computed["radgraph_f1"] = "needs the module evaluation.metrics.radgraph_f1, which is not installed"
+    from evaluation.metrics.radgraph_f1.radgraph_f1 import RadGraphF1Statistic
+
+    annotator, reason = inputs.labelers.annotator()
+    if annotator is None:
+        scored.not_computed["radgraph_f1"] = reason
         return
-    raise NotImplementedError
+    arguments = (texts.generated, texts.references, annotator, texts.owners, inputs.images)
+    scored.parts.append(Part(RadGraphF1Statistic.from_texts(*arguments), {"radgraph_f1": "radgraph_f1"}))
 
 
 def _score_box_description(inputs: Inputs) -> Scored:
