@@ -303,7 +303,7 @@ def test_identical_sentences_as_negatives(setting, monkeypatch, identical_negati
     calls = spy(monkeypatch, supervision_module, "sentence_objective")
     options = SentenceOptions(identical_negatives=identical_negatives)
     with torch.no_grad():
-        losses = supervise(setting, "corrected", sentence=options)(setting.batch, seed=0)
+        losses = supervise(setting, "corrected", sentence=options).eval()(setting.batch, seed=0)
     ids = calls[0][1]["sentence_ids"]
     if identical_negatives:
         assert ids is None
@@ -312,7 +312,7 @@ def test_identical_sentences_as_negatives(setting, monkeypatch, identical_negati
     known = ids[ids >= 0]
     assert len(known.unique()) < len(known), "some sentences occur twice"
     with torch.no_grad():
-        paper = supervise(setting, "corrected")(setting.batch, seed=0)
+        paper = supervise(setting, "corrected").eval()(setting.batch, seed=0)
     assert losses["sentence_contrastive"] < paper["sentence_contrastive"]
 
 
