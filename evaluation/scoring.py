@@ -27,22 +27,6 @@ logger = logging.getLogger(__name__)
 
 PRESENT = 0.5  # region score above which a box of a sentence is shown
 SHOWN_SCORE = 0.3  # of grounded boxes, as for `iou_at_30`
-_CHUNK_VALUES = 4_000_000  # of counts that are expanded from images to their units at once
-
-
-class PerImage:
-    """A statistic of units (sentences, boxes) whose bootstrap draws images, with all units of an image together."""
-
-    def __init__(self, statistic: Statistic, owners: np.ndarray, num_images: int):
-        if len(owners) != statistic.num_units:
-            raise ValueError(f"{len(owners)} units have an image, but the statistic has {statistic.num_units}.")
-        self.statistic, self.owners, self.num_units = statistic, owners, num_images
-        self.names = statistic.names
-
-    def __call__(self, counts: np.ndarray) -> np.ndarray:
-        step = max(1, _CHUNK_VALUES // max(len(self.owners), 1))
-        parts = [self.statistic(counts[start : start + step][:, self.owners]) for start in range(0, len(counts), step)]
-        return np.concatenate(parts) if parts else np.zeros((0, len(self.names)))
 
 
 @dataclass
@@ -783,4 +767,4 @@ _SCORERS: dict[str, Callable[[Inputs], Scored]] = {
     "report_generation": _score_reports,
 }
 
-__all__ = ["Labelers", "Part", "PerImage", "Result", "Scored", "score_task"]
+__all__ = ["Labelers", "Part", "Result", "Scored", "score_task"]

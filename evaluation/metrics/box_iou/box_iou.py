@@ -63,7 +63,8 @@ class BoxIouStatistic:
         shape = (self.num_units, len(self.labels))
         cells = units * len(self.labels) + inverse
         self._sums, self._numbers = (
-            np.bincount(cells, weights=weights, minlength=shape[0] * shape[1]).reshape(shape)
+            # without pairs, `bincount` gives integers whatever the weights
+            np.bincount(cells, weights=weights, minlength=shape[0] * shape[1]).reshape(shape).astype(np.float64)
             for weights in (iou, np.ones(len(iou)))
         )
 
