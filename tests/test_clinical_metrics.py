@@ -1,4 +1,4 @@
-"""Clinical F1 and RadGraph F1: by hand, against scikit-learn and the radgraph package, resampled, as evaluate modules."""
+"""Clinical F1 and RadGraph F1: by hand, against scikit-learn and the radgraph package, resampled, with evaluate."""
 
 import importlib.util
 import json
