@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from modeling_chex import ChexModel, save_with_code
 from modeling_chex.pipeline_chex import Report
 from processing_chex.prompt_sets import class_prompts
 from processing_chex.report import (
+    OPTION_NAMES,
     REPORT_PRESETS,
     REPORT_REGIONS,
     ReportQueries,
@@ -413,6 +417,22 @@ print(report.to_json())
     assert type(report) is Report and report.sentences
     assert json.loads(process.stdout) == report.to_dict()
     assert report == explainer.report(png, preset="paper", threshold=FOUND, order="anatomy")
+
+
+def test_docs(model_folder, tmp_path, monkeypatch):
+    """The Python of docs/reports.md runs, and its table names all options."""
+    text = (Path(__file__).parents[1] / "docs" / "reports.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in text or f"`{name}=" in text for name in OPTION_NAMES)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model_folder, tmp_path / "runs" / "demo" / "model")
+    save_image(tmp_path / "scan.png", gradient(128, 160))
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 2
+    names: dict = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["report"].width == 160 and len(names["reports"]) == 2
+    assert names["reports"][0] == names["reports"][1]
 
 
 def test_options_of_presets_can_be_changed():
