@@ -19,8 +19,8 @@ import numpy as np
 import PIL.Image
 
 from training.data.own_data import OwnData
-from training.data.phantom import encode_png, render_phantom
-from training.data.preparation import prepare, shrink
+from training.data.phantom import render_phantom
+from training.data.preparation import encode_image, prepare, shrink
 from training.data.raw import load_grey
 
 
@@ -86,7 +86,7 @@ def main() -> None:
         print(f"{len(paths)} JPEG files, {arguments.height} x {arguments.width} pixels, {megabytes:.2f} MB each")
         decode, films = timed(load_grey, paths, rounds)
         scale, small = timed(lambda film: shrink(film, size), films, rounds)
-        encode, _ = timed(encode_png, small, rounds)
+        encode, _ = timed(lambda image: encode_image(image, "pgm"), small, rounds)
         for stage, milliseconds in (("decode", decode), ("scale", scale), ("encode", encode)):
             print(f"{stage:8s} {milliseconds:7.2f} ms")
         print(f"{'sum':8s} {decode + scale + encode:7.2f} ms  {1000 / (decode + scale + encode):7.1f} images/s")
@@ -100,6 +100,7 @@ def main() -> None:
         ]
         print(f"Pillow's box filter instead of the area: grey levels differ by {difference(boxed, small)}")
         for title, options in (
+            ("PGM", {"format": "PPM"}),
             ("PNG as used", {"format": "PNG", "compress_level": 1, "compress_type": zlib.Z_RLE}),
             ("PNG level 6", {"format": "PNG"}),
             ("JPEG 95", {"format": "JPEG", "quality": 95}),
