@@ -652,3 +652,18 @@ def test_short_functions(stand_in):
     }
     both = 0.75 * (1 - 0.6 * 0.5**0.2)  # chunks: 0 of the equal pair and 2 of the other one, of 4 words
     assert meteor_ratio(candidates, references, [0, 0], **program) == pytest.approx(both / other)
+    result = meteor(candidates, references, **program)
+    assert result["meteor_ex"] == pytest.approx((equal + other) / 2)
+    official = meteor(candidates, references, official=True, batch_size=1, **program)
+    assert official == result | {"meteor_ex": pytest.approx(both)}  # both images have the number 0
+    with pytest.raises(ValueError, match="pass `batch_size`"):
+        meteor(candidates, references, official=True, **program)
+
+
+def test_example_of_the_documentation():
+    text = (METRICS.parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    names = {}
+    exec(next(block for block in blocks if "prepare_pairs(" in block), names)
+    assert (names["result"]["count"], names["result"]["dropped"]) == (2, 1)
+    assert point_estimate(names["BleuStatistic"](names["pairs"]))[0] == names["result"]["bleu1"]
