@@ -175,8 +175,8 @@ def die_at_event(number: int, whole_files: bool, arguments: dict) -> None:
             counts = not whole_files and place in str(values[0]) and "w" in str(values[1])
         elif event == "os.rename":
             counts = place in str(values[0]) and not (whole_files and Path(values[0]).name.startswith("."))
-        else:  # of rmtree, relative to a descriptor
-            counts = event == "os.rmdir"
+        else:  # of rmtree, relative to a descriptor; not of the folder in which the builder was made
+            counts = event == "os.rmdir" and not Path(str(values[0])).name.startswith("chex-prepare-")
         if counts:
             if seen == number:
                 os.kill(os.getpid(), signal.SIGKILL)
