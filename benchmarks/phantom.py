@@ -31,14 +31,12 @@ import time
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 
+from evaluation.demo import evaluate_twins
 from evaluation.files import write_text
-from evaluation.run import evaluate_model
-from modeling_chex import ChexModel
 from processing_chex import ChexProcessor
 from training.configuration import CONFIG_DIR, load_config
 from training.data.phantom import generator_fingerprint
@@ -238,23 +236,24 @@ def environment(processes: int) -> dict[str, str]:
     )
 
 
-def evaluate(model_dir: Path, run: Run, folder: Path) -> tuple[dict, float]:
-    """All metrics on the test split, and the seconds that they took."""
+def evaluate(model_dir: Path, run: Run, folder: Path, output: Path) -> tuple[dict, float]:
+    """Headline numbers on the test split, as the demo's, and the seconds that they took; pages go to `output`."""
     start = time.perf_counter()
     overrides = [text for text in run.overrides.get("stage3", ()) if text.startswith("data.")]
     config = load_config(
         CONFIG_DIR / run.configs / "stage3.yaml", [*overrides, f"data.cache_dir={folder / 'phantom'}"]
     )
-    data = load_data(config.data)
-    model: Any = ChexModel.from_pretrained(model_dir)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return evaluate_model(model, ChexProcessor.from_pretrained(model_dir), data[0]), time.perf_counter() - start
+    data = load_data(config.data)[0]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    processor = ChexProcessor.from_pretrained(model_dir)
+    metrics = evaluate_twins(model_dir, processor, data, output, device, "make benchmark-phantom")
+    return metrics, time.perf_counter() - start
 
 
 def make(name: str, runs: dict[str, Run], folder: Path, processes: int) -> dict:
     """Makes a run and returns its result."""
     model_dir, seconds = train(name, runs, folder, processes)
-    metrics, seconds["evaluation"] = evaluate(model_dir, runs[name], folder)
+    metrics, seconds["evaluation"] = evaluate(model_dir, runs[name], folder, folder / name / "evaluation")
     return {
         "run": name,
         "definition": definition(runs[name], runs),

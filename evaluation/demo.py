@@ -103,7 +103,7 @@ def run_demo(output_dir: str | Path = "runs/demo", fast: bool = False) -> Path:
         logger.warning("evaluation: reusing %s.", stored)
         metrics = json.loads(stored.read_text(encoding="utf-8"))
     else:
-        metrics = _evaluate(
+        metrics = evaluate_twins(
             model_dir, processor, data, evaluation_dir, device, "make demo FAST=1" if fast else "make demo"
         )
         _write_json(stored, metrics)
@@ -147,7 +147,7 @@ def run_demo(output_dir: str | Path = "runs/demo", fast: bool = False) -> Path:
     return report
 
 
-def _evaluate(
+def evaluate_twins(
     model_dir: Path, processor: ChexProcessor, data: Mapping, output_dir: Path, device: str, command: str
 ) -> dict[str, Any]:
     """The twins of the paper's tasks and anatomy localisation, and the headline numbers beside trivial baselines."""
