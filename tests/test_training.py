@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import training.loop as loop
 from modeling_chex import ChexConfig, ChexModel
@@ -535,6 +535,14 @@ def test_mistakes_in_a_configuration(runs, workspace, tmp_path, stage, override,
 def test_stage3_needs_a_post_decoder(runs, workspace, tmp_path):
     with pytest.raises(ValueError, match="Stage 3 starts from a model of stage 2.* has no post decoder"):
         run(workspace, "stage3", tmp_path, f"init_from={runs['stage1']}")
+
+
+def test_a_parent_without_some_weights_is_refused(runs, workspace, tmp_path):
+    parent = shutil.copytree(runs["stage1"], tmp_path / "parent")
+    kept = {name: value for name, value in weights(parent).items() if name != "visual_projection.weight"}
+    save_file(kept, parent / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 of its weights are missing, such as visual_projection\.weight"):
+        run(workspace, "stage2", tmp_path / "run", f"init_from={parent}")
 
 
 @pytest.mark.parametrize(

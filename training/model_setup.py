@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from torch import nn
+from transformers.utils import logging
 
 from modeling_chex import ChexModel
 from processing_chex import ChexProcessor
@@ -17,8 +18,17 @@ from training.configuration import StageConfig, nearest
 COMPILED_BLOCKS = ("CLIPEncoderLayer", "ChexDecoderLayer")
 
 
+# Of models of earlier stages, these may be missing.
+LATER_PARTS = ("detector", "post_decoder", "sentence_generator")
+
+
 def load_stage_model(folder: str | None, purpose: str, **config_overrides: object) -> tuple[ChexModel, ChexProcessor]:
-    """The model and processor of an earlier stage; parts that it does not have yet are initialised."""
+    """
+    The model and processor of an earlier stage; parts that it does not have yet are initialised.
+
+    Raises:
+        ValueError: There is no model in the folder, or weights of a part that it must have are missing.
+    """
     if not folder or not (Path(folder) / "config.json").is_file():
         raise ValueError(
             f"{purpose} starts from an earlier stage, but `init_from` is {folder!r}, which holds no model. Run the "
@@ -27,7 +37,19 @@ def load_stage_model(folder: str | None, purpose: str, **config_overrides: objec
     config = ChexModel.config_class.from_pretrained(folder)
     for name, value in config_overrides.items():
         setattr(config, name, value)
-    model = ChexModel.from_pretrained(folder, config=type(config)(**config.to_dict()))
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would list the weights of new parts, which are meant to be missing
+    try:
+        model, loading = ChexModel.from_pretrained(
+            folder, config=type(config)(**config.to_dict()), output_loading_info=True
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    if lost := sorted(name for name in loading["missing_keys"] if name.partition(".")[0] not in LATER_PARTS):
+        raise ValueError(
+            f"{purpose} starts from the model in {folder}, but {len(lost)} of its weights are missing, such as "
+            f"{lost[0]}: the folder is damaged. Run the earlier stage again."
+        )
     return model, ChexProcessor.from_pretrained(folder)
 
 
