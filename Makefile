@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := modeling_chex processing_chex training evaluation space_app tests benchmarks
+SOURCES := modeling_chex processing_chex training evaluation space_app tests benchmarks docs/build_api.py
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
