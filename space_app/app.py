@@ -40,9 +40,8 @@ def build(model: str) -> Any:
         and model != DEFAULT_MODEL
     ):
         folder = snapshot_download(model)
-    return build_page(
-        ChexExplainer.from_pretrained(folder), Path(model).name if Path(model).exists() else model, on_gpu
-    )
+    shown = "/".join(Path(model).parts[-2:]) if Path(model).exists() else model
+    return build_page(ChexExplainer.from_pretrained(folder), shown, on_gpu)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
