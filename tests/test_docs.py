@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -72,6 +73,7 @@ ELSEWHERE = {
 # Options that make a command small enough.
 SMALLER = [
     ("--num-processes 2", "--num-processes 1"),
+    ("data prepare own", "data prepare own --num-proc 1"),
     ("data prepare phantom", "data prepare phantom --num-proc 1 --option num_train=4 --option num_validation=2"
      " --option num_test=2 --overwrite"),
     ("--limit 200", "--limit 2 --bootstrap 5 --sections wording"),
@@ -164,6 +166,14 @@ def parse_chex(arguments: list[str]) -> None:
         parse_script("evaluation/run.py", arguments)
 
 
+def stop_after_parsing(parser: argparse.ArgumentParser, given=None, namespace=None) -> None:
+    """In place of `ArgumentParser.parse_args`."""
+    _, unknown = parser.parse_known_args(given, namespace)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    raise Parsed
+
+
 def parse_script(path: str, arguments: list[str]) -> None:
     """The options of a script of the repository; of a training stage, the configuration too."""
     stem = Path(path).stem
@@ -187,12 +197,8 @@ def parse_script(path: str, arguments: list[str]) -> None:
             assert entry.split("=")[0] in DATA_SETS, f"--data {entry}: no such data set"
         return
 
-    def parse(parser: argparse.ArgumentParser, given=None, namespace=None):
-        parser.parse_known_args(given, namespace)
-        raise Parsed
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", parse)
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop_after_parsing)
         patch.setattr(sys, "argv", [path, *arguments])
         with pytest.raises(Parsed):
             runpy.run_path(str(ROOT / path), run_name="__main__")
@@ -222,13 +228,8 @@ def parse_command(command: str) -> None:
         case ["python", "-m", "space_app", *arguments]:
             from space_app.app import main
 
-            def parse(parser: argparse.ArgumentParser, given=None, namespace=None):
-                if parser.parse_known_args(given, namespace)[1]:
-                    parser.error("unknown options")
-                raise Parsed
-
             with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
-                patch.setattr(argparse.ArgumentParser, "parse_args", parse)
+                patch.setattr(argparse.ArgumentParser, "parse_args", stop_after_parsing)
                 main(arguments)
         case ["python", script, *arguments]:
             parse_script(script, arguments)
@@ -272,6 +273,8 @@ def test_commands_are_understood(page):
         ("accelerate launch training/stage4.py", "stage4"),
         ("torchrun --nproc_per_node 2 training/stage1.py nonsense", "nonsense"),
         ("make demonstration", "demonstration"),
+        ("python -m space_app --modell x", "--modell"),
+        ("python evaluation/interactivity.py --model m --data d --output o --splitt test", "--splitt"),
         ("wget x", "no rule"),
     ],
 )
@@ -538,21 +541,42 @@ def test_keys_of_the_migration_table_exist():
         if first in sections and key != "model.safetensors":
             assert has(config, key.split(".")), f"training has no key {key}"
             checked += 1
-        elif first.endswith("_config"):
+        elif first.endswith("_config") and not key.endswith((".yaml", ".json")):
             assert has(model, key.split(".")), f"config.json has no key {key}"
             checked += 1
     assert checked > 40
-    rows = text[text.index("| official task |") :].split("\n\n")
-    tasks = [name for line in rows[0].splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[2])]
+    tasks, metrics = (
+        [name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[2])]
+        for table in (text[text.index(f"| official {kind} |") :].split("\n\n")[0] for kind in ("task", "metric"))
+    )
     assert len(tasks) == 9 and set(tasks) <= set(TASKS)
     known = {name for names in METRICS.values() for name in names}
-    for line in rows[1].splitlines()[2:]:
-        for name in re.findall(r"`(\w+)`", line.split("|")[2]):
-            assert name in known | {"mean", "std", "value", "low", "high", "per_class"}, f"no metric {name}"
+    assert set(metrics) <= known | {"mean", "std", "value", "low", "high", "per_class"}
     # The sources of data sets name these variables.
     shown = CliRunner().invoke(app, ["data", "list"]).output
     for variable in re.findall(r"^\| `([A-Z_0-9]+_DIR)` \| the same", text, flags=re.MULTILINE):
         assert variable in shown
+
+
+def test_all_official_keys_are_in_the_migration_table():
+    """Those of the official run that is recorded in the tests."""
+
+    def keys(values: object) -> set[str]:
+        if not isinstance(values, dict):
+            return set()
+        skipped = (
+            "anatomy_prompts",
+            "pathology_pos_prompts",
+            "pathology_neg_prompts",
+        )  # their keys are names of classes
+        return set(values).union(*(keys(value) for name, value in values.items() if name not in skipped))
+
+    (path,) = (ROOT / "tests" / "golden").rglob("experiment_config.yaml")
+    official = keys(yaml.safe_load(path.read_text(encoding="utf-8")))
+    assert len(official) > 120
+    text = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
+    named = {word for code in re.findall(r"`([^`]+)`", text) for word in re.findall(r"\w+", code)}
+    assert not official - named
 
 
 def test_options_of_faq_and_quickstart_have_one_default():
