@@ -17,7 +17,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -515,30 +514,49 @@ def test_every_page_is_in_the_index():
 # Keys and names in the table of the official code
 
 
+SECTIONS = ("optimization", "objectives", "augmentation", "tracking", "selection", "data")
+
+
+def has(value: object, keys: list[str]) -> bool:
+    """Whether there is `value.key.key`, through dictionaries and attributes."""
+    for key in keys:
+        if isinstance(value, dict) and key in value:
+            value = value[key]
+        elif hasattr(value, key):
+            value = getattr(value, key)
+        else:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != API], ids=name_of)
+def test_keys_of_the_training_configuration_exist(page):
+    """`section.key` and `section.key=value` in running text."""
+    from training.configuration import CONFIG_DIR, load_config
+
+    path = CONFIG_DIR / "stage2.yaml"
+    config = load_config(path)
+    section, names = "|".join(SECTIONS), "objective_mode|gradient_checkpointing|mixed_precision|text_feature_dtype"
+    for code in inline_code(page):
+        if re.fullmatch(rf"({section})(\.[a-z_0-9]+)+", code) and not code.endswith((".md", ".py")):
+            assert has(config, code.split(".")), f"{name_of(page)}: training has no key `{code}`"
+        elif re.fullmatch(rf"(({section}|model)\.[a-z_.0-9]+|{names})=[^.].*", code) and "..." not in code:
+            load_config(path, [code])
+
+
 def test_keys_of_the_migration_table_exist():
-    """`section.key` of the training and model configuration, tasks, metrics and environment variables."""
+    """Of the training and model configuration, tasks, metrics and environment variables."""
     from evaluation.tasks.catalog import METRICS, TASKS
     from modeling_chex import ChexConfig
     from training.configuration import CONFIG_DIR, load_config
 
-    def has(value: object, keys: list[str]) -> bool:
-        for key in keys:
-            if isinstance(value, dict) and key in value:
-                value = value[key]
-            elif hasattr(value, key):
-                value = getattr(value, key)
-            else:
-                return False
-        return True
-
     text = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
-    config = SimpleNamespace(**vars(load_config(CONFIG_DIR / "stage2.yaml")))
+    config = load_config(CONFIG_DIR / "stage2.yaml")
     model = ChexConfig()
-    sections = ("optimization", "objectives", "augmentation", "tracking", "selection", "data", "model")
     checked = 0
     for key in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)`", text):
         first = key.split(".")[0]
-        if first in sections and key != "model.safetensors":
+        if first in SECTIONS:
             assert has(config, key.split(".")), f"training has no key {key}"
             checked += 1
         elif first.endswith("_config") and not key.endswith((".yaml", ".json")):
