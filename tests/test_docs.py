@@ -18,6 +18,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import yaml
@@ -411,7 +412,7 @@ def test_commands_and_python_run(page, workplace, tmp_path, monkeypatch):
     """All blocks of a page, one after the other; Python shares its names."""
     folder = shutil.copytree(workplace, tmp_path / "work")
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     names: dict = {"__name__": "docs"}
     for block in BLOCKS:
         if block.page != page or not is_run(block):
