@@ -2,15 +2,17 @@
 Images per second and memory of streaming prepared data, for growing data sets and 1 and 2 workers.
 
 Draws the phantom at each size with `chex data prepare` (kept in --folder for the next time), then reads batches from
-it in a fresh process: `RecordStream` through a `DataLoader`, shuffled. Memory is the largest sum over the process and
-its workers, in which what they share counts once (PSS), beyond that of the imports; the table of texts, which training
-needs and which grows with the number of different texts, is listed apart. Run from the repository root:
-`python benchmarks/stream_scale.py`.
+it in a fresh process: `RecordStream` through a `DataLoader`, shuffled. At every size the same number of images is
+read, of small sets again and again, because the memory of a worker grows until its buffers have been filled and
+emptied a few times. Memory is the largest sum over the process and its workers, in which what they share counts once
+(PSS), beyond that of the imports; the table of texts, which training needs and which grows with the number of
+different texts, is listed apart. Run from the repository root: `python benchmarks/stream_scale.py`.
 """
 
 import argparse
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -40,14 +42,16 @@ def megabytes() -> float:
 
 
 def measure(folder: Path, workers: int, images: int) -> dict[str, float]:
-    """Reads at most so many images of a prepared folder."""
+    """Reads so many images of a prepared folder, more than once if need be."""
     torch.set_num_threads(1)
-    shards = [folder / shard.file for shard in read_info(folder).splits["train"].shards]
+    split = read_info(folder).splits["train"]
+    shards = [folder / shard.file for shard in split.shards]
     start = megabytes()
     texts = TextTable()
     texts.add_shards(shards)
     table = megabytes() - start
     reader = RecordReader(phantom_features(), ChexImageProcessor(size=128), texts)
+    shards *= math.ceil(images / split.records)
     stream = RecordStream(shards, reader, BATCH, shuffle_buffer=512)
     count, peak, began = 0, 0.0, time.perf_counter()
     for number, batch in enumerate(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=workers)):
@@ -65,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     parser.add_argument("--folder", type=Path, default=Path("runs/stream_scale"))
-    parser.add_argument("--images", type=int, default=20_000, help="read at most so many")
+    parser.add_argument("--images", type=int, default=20_000, help="read so many")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:

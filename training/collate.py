@@ -64,6 +64,7 @@ class TextTable:
         for shard in shards:
             for part in pq.ParquetFile(shard).iter_batches(1000, columns=list(TEXT_COLUMNS)):
                 self._add_columns(part)
+        pa.default_memory_pool().release_unused()  # or every worker that is forked later copies it
 
     def _add_columns(self, table: pa.Table | pa.RecordBatch) -> None:
         for sentences in table["sentences"].to_pylist():
@@ -508,6 +509,7 @@ class RecordStream(torch.utils.data.IterableDataset):
                     yield self._draw(waiting, left, rng)
                 if 2 * left.sum() < len(left):  # seldom, since it copies everything
                     waiting, left = waiting.filter(pa.array(left)), left[left]
+                    pa.default_memory_pool().release_unused()
         while left.any():
             yield self._draw(waiting, left, rng)
 
