@@ -71,6 +71,7 @@ class Options:
         resamples: Of the bootstrap; 0 leaves it out.
         seed: Of the bootstrap.
         metrics: Only these; None: all.
+        left_out: Metrics that are not computed, and the reason that results give.
         optimize: Tune post-processing on the validation split.
         official: Tune by the rules of the official code (docs/evaluation.md).
         batch_size: Images encoded together.
@@ -90,6 +91,7 @@ class Options:
     resamples: int = 250
     seed: int = DEFAULT_SEED
     metrics: tuple[str, ...] | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
     optimize: bool = False
     official: bool = False
     batch_size: int = 64
@@ -178,8 +180,8 @@ def evaluate(
             "None of the tasks can be run: " + "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         )
     labelers = Labelers(str(model.device), options.radgraph)
-    if options.labeler is not None and options.score and any(run.task.needs_text for run in runs):
-        processes.share(lambda: _check_labeler(options.labeler, labelers))
+    if options.score and any(run.task.needs_text for run in runs):
+        processes.share(lambda: _check_labelers(options, labelers))
     reuse = options.score and not options.rescore
     stored = processes.share(lambda: _stored_results(runs, model, output, options) if reuse else {})
     pending = [run for run in runs if run.task.name not in stored]
@@ -192,13 +194,14 @@ def evaluate(
 
     results = {name: entry["result"] for name, entry in stored.items()}
     described = {}
-    for run in runs:
-        described[run.split.source.name] = _describe(run.split)
-        if run.task.name in stored:
-            say(f"{run.task.name}: as scored before")
-            continue
-        results[run.task.name] = _score(run, model, output, options, labelers)
-        say(f"{run.task.name}: {_headline(run.task, results[run.task.name])}")
+    with labelers:
+        for run in runs:
+            described[run.split.source.name] = _describe(run.split)
+            if run.task.name in stored:
+                say(f"{run.task.name}: as scored before")
+                continue
+            results[run.task.name] = _score(run, model, output, options, labelers)
+            say(f"{run.task.name}: {_headline(run.task, results[run.task.name])}")
     for name, entry in _other_results(output, set(results) | set(skipped), model, options).items():
         results[name] = entry["result"]
         described = entry["data"] | described
@@ -368,10 +371,18 @@ def _plan(
     return runs, skipped
 
 
-def _check_labeler(spec: str, labelers: Labelers) -> None:
-    """Before hours of predictions."""
-    if reason := labelers.get(spec)[1]:
-        raise ValueError(f"--labeler {spec}: {reason}.")
+def _check_labelers(options: Options, labelers: Labelers) -> None:
+    """What was named must be there before hours of predictions; defaults that are missing only leave metrics out."""
+    named = [("--labeler", options.labeler, labelers.get)] if options.labeler is not None else []
+    if options.radgraph != Options.radgraph:
+        named.append(("--radgraph", options.radgraph, lambda _: labelers.annotator()))
+    for option, spec, load in named:
+        try:
+            reason = load(spec)[1]
+        except ValueError as error:
+            raise ValueError(f"{option} {spec}: {error}") from error
+        if reason:
+            raise ValueError(f"{option} {spec}: {reason.rstrip('.')}.")
 
 
 def _preset(task: Task, options: Options) -> Preset:
@@ -401,6 +412,7 @@ def _key(run: _Run, model: ModelSource, options: Options) -> dict[str, Any]:
         "labeler": (options.labeler or run.task.labeler) if run.task.needs_text else None,
         "radgraph": options.radgraph if run.task.needs_text else None,
         "metrics": list(options.metrics) if options.metrics is not None else None,
+        "left_out": dict(options.left_out),
         "resamples": options.resamples,
         "seed": options.seed,
         "examples": options.examples,
@@ -482,7 +494,7 @@ def tune(run_task: Task, split: SplitData, job: Job, processor: Any, official: b
             return start, []
         scores = predictions.arrays["scores"].astype(np.float64)
         return tune_grounding(predictions.arrays["boxes"].astype(np.float64), scores, references, start, official)
-    candidates = Candidates(**{name: predictions.arrays[name] for name in ("boxes", "weights", "margins")})
+    candidates = Candidates.read(predictions.arrays)
     references = [target.object_references() for target in targets]
     return tune_detection(candidates, references, len(job.classes), run_task.detection, official)
 
@@ -506,6 +518,7 @@ def _score(run: _Run, model: ModelSource, output: Path, options: Options, labele
         labeler=options.labeler or task.labeler,
         labelers=labelers,
         metrics=options.metrics,
+        left_out=options.left_out,
         resamples=options.resamples,
         seed=options.seed,
         examples=options.examples,

@@ -21,6 +21,7 @@ from processing_chex.vocabulary import ANATOMY_NAMES, REPORT_ANATOMY_INDICES
 
 if TYPE_CHECKING:
     from evaluation.inference import Job, SplitData
+    from evaluation.metrics.meteor.meteor import MeteorProgram
     from evaluation.tuning import Settings
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,8 @@ class Result:
 
 class Labelers:
     """
-    Labellers by their names, and RadGraph's annotator, each loaded once; what cannot be loaded keeps its reason.
+    Labellers by their names, RadGraph's annotator and METEOR's program, each loaded once for all tasks; what cannot be
+    loaded keeps its reason. A context manager: the program ends with the block.
 
     Args:
         device: Where they run.
@@ -93,6 +95,19 @@ class Labelers:
     def __init__(self, device: str = "cpu", radgraph: str = "radgraph"):
         self.device, self.radgraph = device, radgraph
         self._found: dict[str, Any] = {}
+        self._meteor: MeteorProgram | None = None
+
+    def __enter__(self) -> "Labelers":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the program of METEOR, if it runs."""
+        if self._meteor is not None:
+            self._meteor.close()
+            self._meteor = None
 
     def get(self, spec: str) -> tuple[Any | None, str]:
         """The labeller, or None and why."""
@@ -117,6 +132,25 @@ class Labelers:
             except MetricUnavailable as error:
                 self._found[key] = (None, str(error))
         return self._found[key]
+
+    def meteor_statistics(self, candidates: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+        """
+        As `MeteorProgram.statistics`, of a program that is started with the first pair and kept for the other tasks.
+
+        Raises:
+            MetricUnavailable: Java or the program is missing, or (`MeteorError`) it failed; the next call starts anew.
+        """
+        from evaluation.metrics.meteor.meteor import NUM_STATISTICS, MeteorError, MeteorProgram
+
+        if not len(candidates):
+            return np.zeros((0, NUM_STATISTICS))
+        if self._meteor is None:
+            self._meteor = MeteorProgram()
+        try:
+            return self._meteor.statistics(candidates, references)
+        except MeteorError:
+            self.close()
+            raise
 
 
 @dataclass
@@ -163,6 +197,7 @@ def score_task(
     labeler: str | None,
     labelers: Labelers,
     metrics: Sequence[str] | None = None,
+    left_out: Mapping[str, str] | None = None,
     resamples: int = 250,
     seed: int = 0,
     examples: int = 0,
@@ -181,6 +216,7 @@ def score_task(
         labeler: Which labeller reads the texts.
         labelers: All that are loaded.
         metrics: Only these.
+        left_out: Metrics of these that are not computed, and why.
         resamples, seed: Of the bootstrap.
         examples: How many examples.
         output: Folder of their pictures.
@@ -189,7 +225,8 @@ def score_task(
         PredictionError: Predictions that do not fit the targets.
     """
     chosen = set(task.metrics) - set(OPTIONAL_METRICS) if metrics is None else set(metrics)
-    wanted = tuple(name for name in task.metrics if name in chosen)
+    left_out = {name: reason for name, reason in (left_out or {}).items() if name in task.metrics and name in chosen}
+    wanted = tuple(name for name in task.metrics if name in chosen and name not in left_out)
     targets = split.targets(job.classes, processor.image_processor)
     inputs = Inputs(task, predictions, targets, job.classes, settings, labeler, labelers, wanted)
     scored = _SCORERS[task.kind](inputs)
@@ -210,7 +247,7 @@ def score_task(
         "metrics": values,
         "per_class": scored.per_class,
         "notes": scored.notes,
-        "not_computed": {name: reason for name, reason in scored.not_computed.items() if name in wanted},
+        "not_computed": {name: reason for name, reason in scored.not_computed.items() if name in wanted} | left_out,
         "curves": scored.curves,
         "examples": shown,
         **scored.extra,
@@ -258,7 +295,7 @@ def _score_detection(inputs: Inputs) -> Scored:
     from evaluation.metrics.coco_map.coco_map import CocoMapStatistic
     from evaluation.metrics.detection_map.detection_map import DetectionMapStatistic, detection_map
 
-    candidates = Candidates(**{name: inputs.predictions.arrays[name] for name in ("boxes", "weights", "margins")})
+    candidates = Candidates.read(inputs.predictions.arrays)
     detections = post_process(candidates, inputs.settings)
     references = [target.object_references() for target in inputs.targets]
     count = len(inputs.classes)
@@ -476,7 +513,7 @@ def _score_box_classification(inputs: Inputs) -> Scored:
 def _score_region_classification(inputs: Inputs) -> Scored:
     from evaluation.metrics.region_auroc.region_auroc import RegionAurocStatistic, region_auroc
 
-    margins = inputs.predictions.arrays["margins"]
+    margins = inputs.predictions.arrays["margins"].astype(np.float64)
     scores = 1 / (1 + np.exp(-margins))
     present = np.stack([target.anatomy_present for target in inputs.targets])
     labels = _region_labels(inputs)
@@ -587,11 +624,10 @@ def _score_findings(inputs: Inputs, scored: Scored, texts: Texts) -> np.ndarray 
         chexpert = spec.startswith("chexbert")
         scored.not_computed |= {name: reason for name in wanted if name.endswith(("_14", "_5")) == chexpert}
         return None
-    generated, references = (labeler(part) for part in (texts.generated, texts.references))
-    arguments = (generated, references, texts.owners, inputs.images, labeler.classes)
-    statistic = ClinicalF1Statistic(*arguments)
+    arguments = (texts.generated, texts.references, labeler, texts.owners, inputs.images)
+    statistic = ClinicalF1Statistic.from_texts(*arguments)
     names = {name: name for name in wanted if name in statistic.names}
-    scored.parts.append(Part(statistic, names, ClinicalF1Statistic(*arguments, official=True)))
+    scored.parts.append(Part(statistic, names, ClinicalF1Statistic.from_texts(*arguments, official=True)))
     for suffix, part in statistic.parts.items():
         if suffix != "_5":
             scored.per_class = [
@@ -621,7 +657,9 @@ def _score_language(inputs: Inputs, scored: Scored, texts: Texts) -> None:
     def meteor() -> Statistic:
         from evaluation.metrics.meteor.meteor import MeteorStatistic
 
-        return MeteorStatistic(pairs, normal=texts.normal, mismatched=inputs.wants("meteor_ratio"))
+        return MeteorStatistic(
+            pairs, texts.normal, inputs.wants("meteor_ratio"), segment_statistics=inputs.labelers.meteor_statistics
+        )
 
     def cider() -> Statistic:
         from evaluation.metrics.cider.cider import CiderStatistic

@@ -609,6 +609,33 @@ def test_bad_input_ends_with_code_2(workspace, tmp_path, capsys, more, message):
     assert not (tmp_path / "out" / "results.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--labeler", "phantm"], "--labeler phantm: There is no labeller 'phantm'; known are"),
+        (["--labeler", "chexbert:nowhere"], "--labeler chexbert:nowhere: the folder nowhere does not exist"),
+        (["--labeler", "no_such_module:Mine"], "there is no module 'no_such_module'"),
+        (["--labeler", "json:Mine"], "--labeler json:Mine: .* json has no attribute 'Mine'"),
+        (["--radgraph", "radgraf"], "--radgraph radgraf: There is no annotator 'radgraf'; known are"),
+        (
+            ["--radgraph", "radgraph:nowhere"],
+            "--radgraph radgraph:nowhere: needs the (weights of RadGraph in|package)",
+        ),
+        (["--radgraph", "json:Mine"], "--radgraph json:Mine: .* json has no attribute 'Mine'"),
+    ],
+)
+def test_what_reads_texts_is_checked_before_any_prediction(workspace, tmp_path, capsys, monkeypatch, more, message):
+    from evaluation.inference import ModelSource
+
+    def fail(self):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(ModelSource, "load", fail)
+    assert run_main(*arguments_of(workspace, tmp_path / "out", *more, tasks=["sg_mscxr", "rg_mimic"])) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
 def test_folders_of_other_models_are_none(workspace, tmp_path, capsys):
     for content, message in (
         ('{"model_type": "bert"}', "holds a model of the type 'bert', not a ChEX model"),

@@ -6,7 +6,7 @@ the class read from its feature, or their product; boxes may be rescaled per cla
 (arXiv 2404.15770, object detection). No score threshold is applied.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -47,6 +47,11 @@ class Candidates:
     boxes: np.ndarray
     weights: np.ndarray
     margins: np.ndarray
+
+    @classmethod
+    def read(cls, arrays: Mapping[str, np.ndarray]) -> "Candidates":
+        """From stored predictions; in double precision, as a low temperature makes different margins equal else."""
+        return cls(*(arrays[name].astype(np.float64) for name in ("boxes", "weights", "margins")))
 
 
 def scale_boxes(boxes: np.ndarray, factors: np.ndarray) -> np.ndarray:
