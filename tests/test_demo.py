@@ -32,6 +32,36 @@ def test_results_are_where_the_readme_says(demo_dir):
     assert not re.search(r"""(?:src|href)=["']?https?://""", page), "the page must not load anything"
     for stage in STAGES:
         assert (demo_dir / "fast" / stage / "model" / "config.json").is_file()
+    folder = demo_dir / "fast" / "evaluation"
+    tasks = json.loads((folder / "results.json").read_text(encoding="utf-8"))["tasks"]
+    for name, regions in (("re_mscxr", False), ("re_cig", True), ("rg_mimic", False)):
+        left_out = {"meteor", *(("meteor_normal", "meteor_abnormal") if regions else ())}
+        reasons = {metric: reason for metric, reason in tasks[name]["not_computed"].items() if "meteor" in metric}
+        assert set(reasons) == left_out
+        assert all(reason.startswith("left out of the demo") for reason in reasons.values())
+    assert "not computed: left out of the demo" in (folder / "results.md").read_text(encoding="utf-8")
+    assert "left out of the demo" in (folder / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 1), ("3", 2)])
+def test_threads_of_the_environment_win(tmp_path, monkeypatch, given, expected):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    threads = [2]
+    monkeypatch.setattr("torch.set_num_threads", threads.append)
+
+    class Stop(Exception):
+        pass
+
+    def stop(name):
+        raise Stop
+
+    monkeypatch.setattr("importlib.import_module", stop)
+    with pytest.raises(Stop):
+        run_demo(tmp_path, fast=True)
+    assert threads[-1] == expected
 
 
 def test_a_second_run_reuses_what_exists_and_says_so(demo_dir, caplog):
