@@ -7,6 +7,7 @@ from space_app.data_command import data_app
 from space_app.demo_command import demo
 from space_app.evaluate_command import CONTEXT, evaluate
 from space_app.explain_command import explain
+from space_app.push_command import push
 from space_app.report_command import report
 
 
@@ -28,6 +29,7 @@ app.command("explain")(explain)
 app.command("report")(report)
 app.command("demo")(demo)
 app.command("evaluate", context_settings=CONTEXT)(evaluate)
+app.command("push")(push)
 app.add_typer(convert_app)
 app.add_typer(data_app)
 

@@ -503,8 +503,8 @@ def _limitations(facts: ModelFacts) -> str:
     if "phantom" in facts.data_sets:
         points.append(
             "It learned from drawn films and from texts of a small grammar. Numbers on them measure the software, "
-            "not the reading of radiographs, and nothing carries over to patients. Small and faint findings are located "
-            "worst."
+            "not the reading of radiographs, and nothing carries over to patients. Small and faint findings are "
+            "located worst."
         )
     populations = dict.fromkeys(
         DATA_TERMS[name].population for name in facts.data_sets if name in DATA_TERMS and name != "phantom"

@@ -450,6 +450,7 @@ def _find_results(
             raise ChexInputError(f"--results {named}: there is no {RESULTS}; `chex evaluate --output DIR` writes it.")
         content = _read_json(path)
         if path.name == "metrics.json":
+            notes.append("metrics.json does not tell which weights it is about.")
             return None, content
         _check_results(content, path)
         if content["model"].get("sha256") != model_sha256(folder):
