@@ -1,10 +1,10 @@
 """What preparing leaves behind and how it starts its processes."""
 
-import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 
 import pytest
 
@@ -36,7 +36,9 @@ def test_interrupts_wait_until_processes_are_started():
     code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
     started, reached = [], []
     with pytest.raises(KeyboardInterrupt), preparation._interrupts_waiting():
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.pthread_kill(
+            threading.get_ident(), signal.SIGINT
+        )  # other threads, as of pytest-xdist, may take it else
         started.append(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
         reached.append(True)
     assert started == ["True\n"] and reached == [True]
