@@ -244,9 +244,11 @@ def check_card(card: str, kind: str) -> None:
     from huggingface_hub import DatasetCard, ModelCard, SpaceCard
 
     try:
-        if not re.match(r"\s*---\r?\n", card):
+        block = re.match(r"\s*---\r?\n(.*?)\r?\n---\r?\n", card, flags=re.DOTALL)
+        data = yaml.safe_load(block.group(1)) if block is not None else None
+        if not isinstance(data, dict):
             raise ValueError("there is no block of metadata between --- and --- at its start")
-        data = {"model": ModelCard, "dataset": DatasetCard, "space": SpaceCard}[kind](card).data
+        {"model": ModelCard, "dataset": DatasetCard, "space": SpaceCard}[kind](card)
         if not isinstance(data.get("license"), str):
             raise ValueError("license is missing")
         if data.get("license") == "other" and kind == "model" and not data.get("license_name"):
@@ -266,6 +268,8 @@ def check_card(card: str, kind: str) -> None:
 
 def _choose(folder: Path) -> tuple[dict[str, Content], dict[str, str]]:
     """(allowed files, the others with the reason why they stay)."""
+    from space_app.model_facts import weight_files
+
     if not folder.is_dir():
         raise ChexInputError(f"There is no model folder {folder}: name one, such as runs/demo/model.")
     files: dict[str, Content] = {}
@@ -278,24 +282,11 @@ def _choose(folder: Path) -> tuple[dict[str, Content], dict[str, str]]:
             files[name] = path
         elif name != "README.md" and "__pycache__" not in path.parts:
             left_out[name] = next((why for look, why in STAYS if re.search(look, name.lower())), "not needed")
-    index = folder / "model.safetensors.index.json"
-    shards = [name for name in files if re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name)]
-    wanted: set[str] = set()
-    if "model.safetensors" in files:
-        # Transformers takes the single file, so that others are left-overs.
-        for name in [*shards, *([index.name] if index.name in files else [])]:
+    used = {path.name for path in weight_files(folder)}
+    for name in [name for name in files if name.startswith("model") and name not in used]:
+        if name.endswith(".safetensors") or "model.safetensors" in used:  # the index stays with its shards
             del files[name]
-            left_out[name] = "left over: model.safetensors is used"
-    elif index.is_file():
-        try:
-            wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ChexInputError(f"{index} is damaged: save the model again.") from error
-        if missing := sorted(wanted - set(files)):
-            raise ChexInputError(f"{folder} lacks {', '.join(missing)}, which {index.name} names: copy it again.")
-        for name in set(shards) - wanted:
-            del files[name]
-            left_out[name] = f"left over: {index.name} does not name it"
+            left_out[name] = "left over: other weight files are used"
     return files, left_out
 
 

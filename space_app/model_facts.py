@@ -233,7 +233,7 @@ def count_parameters(folder: Path) -> tuple[dict[str, int], str]:
     Raises:
         ChexInputError: No weights, or a file that is no safetensors file.
     """
-    files = sorted(path for path in folder.glob("*.safetensors") if WEIGHTS.fullmatch(path.name))
+    files = weight_files(folder)
     if not files:
         raise ChexInputError(f"The model folder {folder} has no model.safetensors: train or convert the model again.")
     counts: dict[str, int] = {}
@@ -252,6 +252,19 @@ def count_parameters(folder: Path) -> tuple[dict[str, int], str]:
         dict(sorted(counts.items(), key=lambda item: -item[1])),
         " and ".join(names.get(dtype, dtype) for dtype in order),
     )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that Transformers loads: model.safetensors, or else those that the index names; left-overs are not."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() or not index.is_file():
+        return [single] if single.is_file() else []
+    names = set(_read_json(index).get("weight_map", {}).values())
+    if not all(isinstance(name, str) and WEIGHTS.fullmatch(name) for name in names):
+        raise ChexInputError(f"{index} is damaged: save the model again.")
+    if missing := sorted(name for name in names if not (folder / name).is_file()):
+        raise ChexInputError(f"{folder} lacks {', '.join(missing)}, which {index.name} names: copy it again.")
+    return [folder / name for name in sorted(names)]
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -487,4 +500,13 @@ def model_sha256(folder: Path) -> str:
     return ModelSource(folder).sha256
 
 
-__all__ = ["DATA_TERMS", "DataTerms", "ModelFacts", "Run", "count_parameters", "read_facts", "read_header"]
+__all__ = [
+    "DATA_TERMS",
+    "DataTerms",
+    "ModelFacts",
+    "Run",
+    "count_parameters",
+    "read_facts",
+    "read_header",
+    "weight_files",
+]
