@@ -1,14 +1,16 @@
 """
-What the evaluation costs beside the model: its time against a bare loop of the same model calls, and its memory at two
-numbers of images.
+What the evaluation costs beside the model: its processor time against a bare loop of the same model calls, and the
+memory of its predictions at two numbers of images.
 
-    python benchmarks/evaluation_overhead.py --images 128
-    python benchmarks/evaluation_overhead.py --images 800 --model runs/demo/model --data runs/demo/phantom
+    python benchmarks/evaluation_overhead.py --images 200
+    python benchmarks/evaluation_overhead.py --images 200 --model runs/demo/model --data runs/demo/phantom
 
 The bare loop reads the images, encodes them, and asks the model everything that the nine tasks (as twins on the
 phantom) and anatomy localisation ask, keeping nothing. The evaluation does the same, writes predictions, scores them
-with a bootstrap of 250 resamples, and writes results. Memory is the highest resident size of a process that makes
-predictions only, with the tiny model, which leaves little beside the images.
+with a bootstrap of 250 resamples, and writes results with examples. METEOR, a program of its own, is left out. The
+model has the sizes of `training/configs/phantom` with random weights unless one is given; its sentences then have the
+greatest length. Times are those of all threads of the process (user and system), so that other programs on the machine
+matter little. Memory is the highest resident size of a process of its own that makes the predictions.
 """
 
 import argparse
@@ -18,7 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -26,43 +30,50 @@ from transformers import set_seed
 
 from evaluation.engine import Options, bind_tasks, evaluate
 from evaluation.inference import DataSource, ModelSource, open_data
-from evaluation.tasks.base import EvaluationContext, centre_boxes
-from evaluation.tasks.catalog import find_tasks
+from evaluation.tasks.base import Batch, EvaluationContext
+from evaluation.tasks.catalog import PRESETS, find_tasks
 from evaluation.tasks.records import iterate_targets
 from modeling_chex import ChexConfig, ChexModel
 from processing_chex import ChexImageProcessor, ChexProcessor
 from processing_chex.prompt_sets import class_prompts
-from processing_chex.report import ReportQueries
+from processing_chex.report import REPORT_PRESETS, ReportQueries
 from training.build_tokenizers import build_tokenizers
+from training.configuration import CONFIG_DIR, load_config
 from training.data.phantom import phantom_datasets
 
 
 BATCH = 64
-SIZES = {"tiny": (64, 32, 1), "demo": (128, 128, 3)}
+RESAMPLES = 250
+MEMORY_FACTOR = 4
+METEOR = dict.fromkeys(("meteor", "meteor_normal", "meteor_abnormal"), "left out of the benchmark")
 
 
-def build(data: datasets.DatasetDict, size: str) -> tuple[ChexModel, ChexProcessor]:
-    """A model with random weights: `demo` has the sizes of the demo's."""
-    side, width, layers = SIZES[size]
+def build(data: datasets.DatasetDict) -> tuple[ChexModel, ChexProcessor]:
+    """A model of the sizes of `training/configs/phantom`, with random weights."""
+    parts = {name: load_config(CONFIG_DIR / "phantom" / f"{name}.yaml") for name in ("pretrain_clip", "stage2")}
+    parts["generator"] = load_config(CONFIG_DIR / "phantom" / "pretrain_generator.yaml")
+    sizes = {name: dict(config.model) for name, config in parts.items()}
+    sizes["generator"].pop("max_generation_length")
+    vocabularies = parts["pretrain_clip"].prompt_vocab_size, parts["pretrain_clip"].generator_vocab_size
     rows = data["validation"].select_columns(["sentences"])
-    tokenizer, generator_tokenizer = build_tokenizers([text for row in rows for text in row["sentences"]], 800, 560)
+    tokenizer, generator_tokenizer = build_tokenizers(
+        [text for row in rows for text in row["sentences"]], *vocabularies
+    )
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     end = generator_tokenizer.eos_token_id
-    encoder = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 4}
+    shared = sizes["pretrain_clip"]
     set_seed(0)
     model = ChexModel(
         ChexConfig(
-            vision_config=encoder | {"image_size": side, "patch_size": 16, "num_hidden_layers": layers + 1},
-            text_config=encoder | ids | {"vocab_size": len(tokenizer), "num_hidden_layers": 2},
-            detector_config={"num_attention_heads": 4, "intermediate_size": 2 * width, "num_layers": layers},
-            post_decoder_config={"num_attention_heads": 4, "intermediate_size": 2 * width, "num_layers": 1},
+            **shared | {"text_config": {**shared["text_config"], **ids, "vocab_size": len(tokenizer)}},
+            **sizes["stage2"],
             generator_config={
-                **{"n_embd": width, "n_layer": layers, "n_head": 4, "n_positions": 128, "prefix_hidden_size": width},
+                **sizes["generator"],
                 **{"vocab_size": len(generator_tokenizer), "bos_token_id": end, "eos_token_id": end},
             },
-            projection_dim=width,
         )
     )
+    side = shared["vision_config"]["image_size"]
     processor = ChexProcessor(ChexImageProcessor(size={"height": side, "width": side}), tokenizer, generator_tokenizer)
     return model.eval(), processor
 
@@ -71,117 +82,133 @@ def build(data: datasets.DatasetDict, size: str) -> tuple[ChexModel, ChexProcess
 def bare_loop(model: ChexModel, processor: ChexProcessor, dataset: datasets.Dataset) -> int:
     """Everything that the tasks ask; returns the number of sentences."""
     context = EvaluationContext(model, processor)
-    prompts = class_prompts("phantom")
+    prompts, preset = class_prompts("phantom"), PRESETS["phantom"]
     classes, positive, negative = (context.class_features(prompts, kind) for kind in ("box", "positive", "negative"))
     regions = context.anatomy_features()
-    report = ReportQueries.encode(prompts, context.text_features)
-    generation = {"max_length": 33, "do_sample": False, "num_beams": 1}
+    report, options = ReportQueries.encode(prompts, context.text_features), REPORT_PRESETS[preset.report]
+    generation = {"max_length": preset.max_length, "do_sample": False, "num_beams": 1}
     targets = list(iterate_targets(dataset, processor.image_processor))
     sentences = 0
 
-    def describe(features: torch.Tensor) -> None:
+    def describe(features: torch.Tensor, mask: torch.Tensor) -> list[str]:
         nonlocal sentences
-        for chunk in features.split(context.generation_batch):
-            if len(chunk):
-                ids = model.generate(query_features=chunk[None], **generation)
-                sentences += len(processor.decode_sentences(ids)[0])
+        texts = context.generate(features[mask], **generation)
+        sentences += len(texts)
+        return texts
 
     for start in range(0, len(dataset), BATCH):
         rows = dataset[start : start + BATCH]
         of_batch = targets[start : start + BATCH]
         images = model.get_image_features(processor(images=rows["image"], return_tensors="pt")["pixel_values"])
+        batch = Batch(context, images, of_batch)
         model(image_features=images, prompt_features=regions, use_post_decoder=False)
         output = model(image_features=images, prompt_features=classes, use_post_decoder=False, clip_boxes=True)
         model.classify(output.region_features, positive[:, None, None], negative[:, None, None])
         phrases = [list(target.grounded_phrases()) for target in of_batch]
-        width = max(map(len, phrases))
-        if width:
-            mask = torch.tensor([[q < len(of_image) for q in range(width)] for of_image in phrases])
-            queries = torch.zeros(*mask.shape, classes.shape[-1])
-            queries[mask] = context.text_features([phrase for of_image in phrases for phrase in of_image])
-            model(image_features=images, prompt_features=queries, query_mask=mask, use_post_decoder=False)
-        found = [centre_boxes(target.object_boxes, model.device) for target in of_batch]
-        if any(map(len, found)):
-            features = model.encode_boxes(images, found)
-            counts = torch.tensor([len(of_image) for of_image in found])
-            of_boxes = features[torch.arange(features.shape[1])[None] < counts[:, None]]
-            model.classify(of_boxes, positive, negative)
-            describe(of_boxes)
-        present = torch.stack([torch.from_numpy(target.anatomy_present) for target in of_batch])
-        boxes = torch.stack([centre_boxes(target.anatomy_boxes, model.device) for target in of_batch])
-        features = model.encode_boxes(images, boxes, box_mask=present)
+        width = max(1, *map(len, phrases))
+        mask = torch.tensor([[query < len(of_image) for query in range(width)] for of_image in phrases])
+        queries = torch.zeros(*mask.shape, classes.shape[-1])
+        queries[mask] = context.text_features([phrase for of_image in phrases for phrase in of_image])
+        model(image_features=images, prompt_features=queries, query_mask=mask, use_post_decoder=False)
+        features, annotated = batch.object_features()
+        model.classify(features, positive, positive.mean(0, keepdim=True).expand_as(positive))
+        describe(features, torch.from_numpy(annotated))
+        features = batch.region_features()
         model.classify(features, positive, negative)
-        describe(features[present])
+        described = [torch.from_numpy(target.described_regions()) for target in of_batch]
+        describe(features, torch.stack(described))
         output = model(image_features=images, prompt_features=report.features, clip_boxes=True)
-        probability = model.classify(output.query_features, report.positive, report.negative).squeeze(-1)
-        describe(output.query_features[report.select(probability, output.present, False)])
+        probability = report.abnormality(output.query_features, model.classify, options.sign)
+        found = (output.region_scores > options.threshold).any(-1)
+        selected = report.select(probability, found, findings=options.select_findings, regions=options.select_regions)
+        written = describe(output.query_features, selected)
+        context.text_features([text for text in written if text])  # for the similarity of sentences
     return sentences
 
 
 def run_engine(
     model: ChexModel, processor: ChexProcessor, data: datasets.DatasetDict, folder: Path, score: bool, limit: int
-) -> float:
-    tasks = bind_tasks(find_tasks(["anatomy_localization", "all"]), ["phantom"], twins=True)
-    start = time.perf_counter()
-    evaluate(
+) -> dict[str, Any] | None:
+    return evaluate(
         ModelSource(model=model, processor=processor),
         {"phantom": DataSource("phantom", data)},
-        tasks,
+        bind_tasks(find_tasks(["anatomy_localization", "all"]), ["phantom"], twins=True),
         folder,
-        Options(limit=limit, progress=False, score=score, batch_size=BATCH),
+        Options(limit=limit, progress=False, score=score, batch_size=BATCH, resamples=RESAMPLES, left_out=METEOR),
     )
-    return time.perf_counter() - start
+
+
+def sentences_of(results: dict[str, Any]) -> int:
+    tasks = results["tasks"]
+    return sum(tasks[name]["texts"] for name in ("re_mscxr", "re_cig")) + tasks["rg_mimic"]["sentences_generated"]
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Processor seconds of all threads, and the result."""
+    start = time.process_time()
+    result = function()
+    return time.process_time() - start, result
 
 
 def measure_memory(arguments: argparse.Namespace, cache: Path) -> None:
     """In a process of its own: the highest resident size after predictions."""
-    for images in (arguments.images, 4 * arguments.images):
-        command = [sys.executable, __file__, "--memory-of", str(images), "--data", str(cache), "--images", "1"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peak = json.loads(done.stdout.splitlines()[-1])["peak_mib"]
-        print(f"memory: {images:>6} images, predictions of all tasks: {peak:.0f} MiB at most")
+    for images in (arguments.images, MEMORY_FACTOR * arguments.images):
+        command = [sys.executable, __file__, "--memory-of", str(images), "--data", str(cache)]
+        if arguments.model:
+            command += ["--model", arguments.model]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        print(f"memory: {found['images']:>6} images, predictions of all tasks: {found['peak_mib']:.0f} MiB at most")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--images", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--model", help="folder; left out: random weights of the demo's size")
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--model", help="folder; left out: random weights")
     parser.add_argument("--data", help="cache folder of the phantom; left out: drawn")
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
+        cache = Path(arguments.data) if arguments.data else folder / "phantom"
         if arguments.data:
-            data = open_data(arguments.data)
+            data = open_data(cache)
         else:
-            side = SIZES["demo"][0]
-            counts = {"num_train": 0, "num_validation": 64, "num_test": 4 * arguments.images}
-            data = phantom_datasets(folder / "phantom", image_size=side, **counts)
-        if arguments.memory_of:
-            model, processor = build(data, "tiny")
-            run_engine(model, processor, data, folder / "memory", False, arguments.memory_of)
-            print(json.dumps({"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
-            return
+            counts = {"num_train": 0, "num_validation": 64, "num_test": MEMORY_FACTOR * arguments.images}
+            data = phantom_datasets(cache, image_size=128, **counts)
         if arguments.model:
             model = ChexModel.from_pretrained(arguments.model).eval()
             processor = ChexProcessor.from_pretrained(arguments.model)
         else:
-            model, processor = build(data, "demo")
+            model, processor = build(data)
+        if arguments.memory_of:
+            images = min(arguments.memory_of, len(data["test"]))
+            run_engine(model, processor, data, folder / "memory", False, images)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            print(json.dumps({"images": images, "peak_mib": peak}))
+            return
         test = data["test"].select(range(min(arguments.images, len(data["test"]))))
         bare_loop(model, processor, test.select(range(min(BATCH, len(test)))))  # what is only slow once
         bare, engine = [], []
         for number in range(arguments.repeats):
-            start = time.perf_counter()
-            sentences = bare_loop(model, processor, test)
-            bare.append(time.perf_counter() - start)
-            engine.append(run_engine(model, processor, data, folder / f"run{number}", True, arguments.images))
+            seconds, sentences = timed(lambda: bare_loop(model, processor, test))
+            bare.append(seconds)
+            seconds, results = timed(
+                lambda number=number: run_engine(model, processor, data, folder / f"run{number}", True, len(test))
+            )
+            engine.append(seconds)
+            if sentences_of(results) != sentences:
+                raise RuntimeError(f"The bare loop wrote {sentences} sentences, the tasks {sentences_of(results)}.")
+        parts = ", ".join(f"{name} {results['seconds'][name]:.1f}" for name in ("predictions", "scores"))
         print(f"{len(test)} images, {sentences} sentences, {torch.get_num_threads()} threads")
-        print(f"bare loop of model calls:           {min(bare):7.2f} s")
-        print(f"evaluation, 250 resamples, written: {min(engine):7.2f} s  ({min(engine) / min(bare) - 1:+.1%})")
-        if not arguments.model:
-            measure_memory(arguments, folder / "phantom")
+        print(f"bare loop of model calls:           {min(bare):7.2f} s of processor time")
+        print(
+            f"evaluation, {RESAMPLES} resamples, written: {min(engine):7.2f} s  ({min(engine) / min(bare) - 1:+.1%}); "
+            f"seconds by the clock: {parts}"
+        )
+        measure_memory(arguments, cache)
 
 
 if __name__ == "__main__":

@@ -664,7 +664,7 @@ def _score_language(inputs: Inputs, scored: Scored, texts: Texts) -> None:
     def cider() -> Statistic:
         from evaluation.metrics.cider.cider import CiderStatistic
 
-        return CiderStatistic(pairs)
+        return CiderStatistic(pairs, per_image=False)
 
     makers = {
         ("bleu1", "bleu2", "bleu3", "bleu4"): bleu,

@@ -10,7 +10,9 @@ from sklearn.metrics import balanced_accuracy_score, f1_score, matthews_corrcoef
 
 from evaluation.labelers import CHEXPERT_CLASSES, CHEXPERT_FIVE
 from evaluation.labelers.base import CheckedLabeler
+from evaluation.metrics.cider.cider import CiderStatistic
 from evaluation.metrics.meteor import meteor
+from evaluation.metrics.text_preparation import prepare_pairs
 from evaluation.metrics.unavailable import MetricUnavailable
 from evaluation.predictions import Predictions, PredictionStore
 from evaluation.scoring import Labelers, score_task
@@ -397,6 +399,14 @@ def test_regions_with_references_of_several_sentences(tmp_path, labelers):
     assert result["texts"] == 5
     check_texts(result, generated, references, np.array(owners))
     json.dumps(result["metrics"])
+
+
+def test_cider_without_the_mean_over_images():
+    pairs = prepare_pairs(["a b c", "c d", "a d"], ["a b d", "c d", "b b a"], [0, 0, 2], 3)
+    counts = np.array([[1, 1, 1], [2, 0, 1], [0, 3, 0]])
+    whole, part = CiderStatistic(pairs), CiderStatistic(pairs, per_image=False)
+    assert (whole.names, part.names) == (("cider", "cider_ex"), ("cider",))
+    np.testing.assert_array_equal(part(counts), whole(counts)[:, :1])
 
 
 # -- programs ---------------------------------------------------------------------------------------------------------

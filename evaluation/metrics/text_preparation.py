@@ -174,7 +174,7 @@ class MeanStatistic:
     def __init__(
         self, names: tuple[str, str], pairs: TextPairs, pair_scores: np.ndarray, unit_scores: np.ndarray | None = None
     ):
-        self.names = names
+        self.names: tuple[str, ...] = names
         self.num_units = pairs.num_units
         self.pairs = pairs
         columns = np.stack([pair_scores, np.ones(len(pairs))], axis=1)

@@ -219,6 +219,7 @@ class ReportWriter(Procedure):
         found = (output.region_scores > options.threshold).any(-1)
         selected = queries.select(probability, found, findings=options.select_findings, regions=options.select_regions)
         texts = context.generate(output.query_features[selected], **self.generation)
+        context.text_features([text for text in texts if text])  # of all reports at once; each then finds its own
         preference = numbers(output.query_scores[selected])
         counts = selected.sum(1).cpu().numpy()
         kept = [
