@@ -9,6 +9,7 @@ from space_app.evaluate_command import CONTEXT, evaluate
 from space_app.explain_command import explain
 from space_app.push_command import push
 from space_app.report_command import report
+from space_app.sr_command import sr
 
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.command("report")(report)
 app.command("demo")(demo)
 app.command("evaluate", context_settings=CONTEXT)(evaluate)
 app.command("push")(push)
+app.command("sr")(sr)
 app.add_typer(convert_app)
 app.add_typer(data_app)
 
