@@ -124,6 +124,9 @@ def structured_report(result: Mapping[str, Any], source: "Dataset", model: str =
 
     Each region is a measurement group (TID 1410) with a closed polygon on the image, the prompt, the sentence and the
     score; a sentence without a region is a group (TID 1501) that refers to the whole image.
+
+    Raises:
+        ChexInputError: The result says nothing, or does not fit the image.
     """
     highdicom = _highdicom()
     from highdicom import sr
@@ -131,6 +134,8 @@ def structured_report(result: Mapping[str, Any], source: "Dataset", model: str =
     from pydicom.uid import generate_uid
 
     statements = read_statements(result, int(source.Columns), int(source.Rows))
+    if not statements:
+        raise ChexInputError("There is nothing to write: the result has no answer and no sentence.")
     for name in COPIED:
         if name not in source:
             setattr(source, name, None)

@@ -142,11 +142,10 @@ def test_names_of_patients_keep_their_letters(radiograph, tmp_path):
     assert document.PatientName == "Müller^Jürgen" and document.StudyID in (None, "")
 
 
-def test_report_without_sentences(radiograph, tmp_path):
-    document = pydicom.dcmread(write_structured_report(result_of(), radiograph, tmp_path / "report.dcm"))
-    (group,) = groups_of(document)
-    assert item_of(group, "Nothing was written") and item_of(document, "Notice").TextValue == NOTICE
-    assert "Comment" not in map(name, group.ContentSequence)
+def test_report_without_sentences_is_not_written(radiograph, tmp_path):
+    with pytest.raises(ChexInputError, match="nothing to write"):
+        write_structured_report(result_of(), radiograph, tmp_path / "report.dcm")
+    assert not (tmp_path / "report.dcm").exists()
 
 
 # Wrong input
