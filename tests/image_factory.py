@@ -42,6 +42,8 @@ def save_dicom(
     dataset = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
     dataset.SOPClassUID = meta.MediaStorageSOPClassUID
     dataset.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
+    dataset.StudyInstanceUID = generate_uid(entropy_srcs=[path.name, "study"])
+    dataset.SeriesInstanceUID = generate_uid(entropy_srcs=[path.name, "series"])
     dataset.Modality = "DX"
     dataset.PatientName = "Phantom^Test"
     if pixels is not None:

@@ -47,6 +47,7 @@ NOT_RUN = [
     (r"^make ", "the targets are what CI runs"),
     (r"^(source|export) ", "belongs to a shell"),
     (r"^chex data download", "fetches from other machines; tests/test_download.py has a server"),
+    (r"^chex push .*--yes", "uploads; tests/test_push.py has a Hub"),
     (r"^chex convert", WEIGHTS),
     (r"labeler chexbert:|CheXzero.pt|runs/chex/stage3", WEIGHTS),
     (r"^chex data (prepare|check) (mimic-cxr|chest-imagenome|ms-cxr|vindr-cxr|nih-cxr14)", CREDENTIALS),
