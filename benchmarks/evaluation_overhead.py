@@ -8,9 +8,9 @@ memory of its predictions at two numbers of images.
 The bare loop reads the images, encodes them, and asks the model everything that the nine tasks (as twins on the
 phantom) and anatomy localisation ask, keeping nothing. The evaluation does the same, writes predictions, scores them
 with a bootstrap of 250 resamples, and writes results with examples. METEOR, a program of its own, is left out. The
-model has the sizes of `training/configs/phantom` with random weights unless one is given; its sentences then have the
-greatest length. Times are those of all threads of the process (user and system), so that other programs on the machine
-matter little. Memory is the highest resident size of a process of its own that makes the predictions.
+model has the sizes of `training/configs/phantom` with random weights unless one is given. Times are those of all
+threads of the process (user and system), so that other programs on the machine matter little. Memory is the highest
+resident size of a process of its own that makes the predictions.
 """
 
 import argparse

@@ -173,12 +173,12 @@ def evaluate(
     start = time.perf_counter()
     say = say if processes.is_main else _silent
     runs, skipped = _plan(model, data, tasks, output, options, processes)
-    for name, reason in skipped.items():
-        say(f"{name}: not run: {reason}")
     if not runs:
         raise NothingToRun(
             "None of the tasks can be run: " + "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         )
+    for name, reason in skipped.items():
+        say(f"{name}: not run: {reason}")
     labelers = Labelers(str(model.device), options.radgraph)
     if options.score and any(run.task.needs_text for run in runs):
         processes.share(lambda: _check_labelers(options, labelers))

@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.bootstrap import bootstrap
+from evaluation.command_line import add_option
 from evaluation.files import write_text
 
 
@@ -734,9 +736,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="evaluation/interactivity.py",
         description="Measure how a ChEX model behaves in a dialogue: wordings, sides, drawn boxes, added regions.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
+    add = partial(add_option, parser)
     add("--model", required=True, metavar="DIR", help="folder of the model and its processor")
     add("--data", required=True, metavar="[NAME=]DIR", help="folder of prepared data, or of a phantom")
     add("--split", default="test", help="split that is asked about")

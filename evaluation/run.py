@@ -12,9 +12,11 @@ import logging
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from evaluation.command_line import add_option
 from evaluation.results import RESULTS
 from evaluation.tasks.catalog import DATA_SETS, GROUPS, PRESETS, TASKS, check_metrics, find_tasks, nearest
 
@@ -28,9 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="chex evaluate",
         description="Evaluate a ChEX model on the tasks of the paper, with bootstrap intervals.",
         epilog=f"Tasks: {', '.join(TASKS)}. Groups: {', '.join(GROUPS)}. Data sets: {', '.join(DATA_SETS)}.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
+    add = partial(add_option, parser)
     add("--model", required=True, metavar="DIR", help="folder of the model and its processor")
     add("--output", required=True, metavar="DIR", help="folder of the results; what it holds already is taken over")
     add("--tasks", nargs="+", default=["all"], metavar="NAME", help="tasks or groups of tasks")

@@ -26,12 +26,13 @@ def chex() -> None:
     """Keeps `chex` a group of commands, however many there are."""
 
 
-app.command("explain")(explain)
-app.command("report")(report)
-app.command("demo")(demo)
-app.command("evaluate", context_settings=CONTEXT)(evaluate)
-app.command("push")(push)
-app.command("sr")(sr)
+# In the list of commands, longer sentences would be cut off.
+app.command("explain", short_help="Find what prompts name, describe it and given boxes.")(explain)
+app.command("report", short_help="Write a report about each image.")(report)
+app.command("demo", short_help="Train and evaluate a small ChEX on synthetic images.")(demo)
+app.command("evaluate", context_settings=CONTEXT, short_help="Evaluate a model on the paper's tasks.")(evaluate)
+app.command("push", short_help="Publish a model, the page or the phantom on the Hub.")(push)
+app.command("sr", short_help="Turn answers into a DICOM structured report.")(sr)
 app.add_typer(convert_app)
 app.add_typer(data_app)
 

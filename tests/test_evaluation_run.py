@@ -584,8 +584,10 @@ def test_tasks_without_their_data_are_left_out_with_what_they_need(workspace, tm
     base = ["--model", workspace / "model", "--output", tmp_path / "out", "--no-progress"]
     assert run_main(*base, "--tasks", "sg", "od_vindr") == 2
     text = capsys.readouterr()
-    assert "sg_mscxr: not run: needs prepared/ms-cxr: chex data prepare ms-cxr --raw DIR" in text.out
     assert "None of the tasks can be run" in text.err
+    assert "sg_mscxr: needs prepared/ms-cxr: chex data prepare ms-cxr --raw DIR" in text.err
+    assert "od_vindr: needs prepared/vindr-cxr: chex data prepare vindr-cxr --raw DIR" in text.err
+    assert (text.out + text.err).count("needs prepared/ms-cxr") == 1  # said once
 
 
 @pytest.mark.parametrize(
