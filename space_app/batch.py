@@ -566,7 +566,8 @@ def _outcomes(job: Job, batches: Sequence[Sequence[str]], num_processes: int, de
             "command again, with a smaller --num-processes or --batch-size."
         ) from error
     finally:
-        executor.shutdown(wait=False, cancel_futures=True)
+        # A process that still starts would miss the semaphores that go with the executor, and print a traceback.
+        executor.shutdown(wait=True, cancel_futures=True)
 
 
 _worker: dict[str, Any] = {}

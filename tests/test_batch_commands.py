@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -404,6 +405,14 @@ def test_two_processes_give_what_one_gives(scans, model_folder, tmp_path):
         assert "1 of 10 images failed" in process.stderr and "bad.png" in process.stderr.splitlines()[-1]
     assert len(read_lines(tmp_path / "1.jsonl")) == 9
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
+
+
+def test_processes_end_before_the_results_do(scans, model_folder, tmp_path):
+    """One that still started when the others had done all the work found its semaphores gone."""
+    job = Job("explain", str(model_folder), prompts=("Heart",))
+    paths = find_inputs([str(scans)]).paths
+    run_batches(job, paths, tmp_path / "out.jsonl", batch_size=2, num_processes=3)
+    assert not multiprocessing.active_children()
 
 
 def test_models_that_fail_in_other_processes_are_reported(scans, model_folder, tmp_path):
