@@ -10,6 +10,7 @@ from transformers import GPT2Tokenizer
 
 from tests.conftest import GOLDEN_DIR
 from training.objectives import (
+    SINGLE_PROCESS,
     STAGE1_WEIGHTS,
     STAGE2_WEIGHTS,
     STAGE3_WEIGHTS,
@@ -18,23 +19,27 @@ from training.objectives import (
     DetectionOptions,
     ObjectiveWeights,
     SentenceOptions,
+    StepTotals,
     anatomy_classification_loss,
     anatomy_detection_loss,
     anatomy_objective,
     choose_for_generation,
     choose_synonyms,
     focal_loss,
+    generation_loss,
     giou_cost,
     global_contrastive_loss,
     l1_cost,
     pathology_classification_loss,
     pathology_detection_loss,
     pathology_objective,
+    presence_loss,
     random_subset,
     sentence_contrastive_loss,
     sentence_detection_loss,
     sentence_mse_loss,
     sentence_objective,
+    statement_loss,
     subsample_classes,
     subsample_classes_by_frequency,
     weighted_sum,
@@ -158,7 +163,7 @@ def encode_image(model, golden):
     return model.get_image_features(golden["img/input"][:, None].expand(-1, 3, -1, -1))
 
 
-def generation_loss(model, tokenizer, features: torch.Tensor, texts: list[str]) -> torch.Tensor:
+def recorded_generation_loss(model, tokenizer, features: torch.Tensor, texts: list[str]) -> torch.Tensor:
     """The generator's loss as the official code computes it, padding included. features (K, D)."""
     special = model.config.generator_config.eos_token_id
     ids = [[special, *tokenizer(text)["input_ids"], special] for text in texts]
@@ -193,7 +198,7 @@ def sentence_terms(model, golden, golden_info, tokenizer, image_features) -> dic
     terms = sentence_objective(output.query_features, sentences, mask, image_features.patch_features)
     images, queries = choose_for_generation(mask, 32)
     texts = [golden_info["supervisor_sentences"][i][j] for i, j in zip(images, queries, strict=True)]
-    generation = generation_loss(model, tokenizer, output.query_features[images, queries], texts)
+    generation = recorded_generation_loss(model, tokenizer, output.query_features[images, queries], texts)
     return terms | {"sentence_generation": generation}
 
 
@@ -314,7 +319,7 @@ def test_recorded_anatomy_supervisor(golden_model, golden, golden_info, gpt_toke
     if described:
         images, regions = choose_for_generation(inputs["has_sentences"] & present, 32)
         texts = [" ".join(sentences[n][a]) for n, a in zip(images, regions, strict=True)]
-        generation = generation_loss(golden_model, gpt_tokenizer, features[images, regions], texts)
+        generation = recorded_generation_loss(golden_model, gpt_tokenizer, features[images, regions], texts)
         losses["anatomy_generation"] = generation
 
     names = {
@@ -824,6 +829,264 @@ def test_any_number_of_boxes_of_a_class(boxes):
         assert term.item() == pytest.approx(expected[name], rel=1e-11), name
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Options that the published stages leave at their defaults, and terms that are not the paper's, in the same plain form
+
+
+def softmax_loss(logits: list[float], target: float) -> float:
+    return log_sum_exp(logits) - target
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("identical", [False, True])
+@pytest.mark.parametrize("lambdas", [(1.0, 0.0), (0.0, 1.0), (0.3, 0.7)])
+@pytest.mark.parametrize("images", [1, 4])
+def test_sentence_contrastive_options_equal_the_equations(cross, identical, lambdas, images):
+    sentence = random_batch(20, images=images)[0]
+    z, r, mask = (sentence[name].clone() for name in ("sentence_features", "query_features", "sentence_mask"))
+    z, r = z.double(), r.double()
+    if images > 1:
+        mask[1] = False  # an image without sentences
+        mask[0], mask[2] = True, True
+    ids = torch.arange(mask.numel()).view(mask.shape)
+    ids[:, 1], z[:, 1] = ids[0, 0], z[0, 0]  # a sentence that occurs often
+    losses = {}
+    for n, j in mask.nonzero().tolist():
+        others = [
+            (m, i)
+            for m, i in mask.nonzero().tolist()
+            if (cross or m == n) and (identical or (m, i) == (n, j) or ids[m, i] != ids[n, j])
+        ]
+        own = cosine(r[n, j], z[n, j]) / 0.3
+        to_sentence = softmax_loss([cosine(r[n, j], z[place]) / 0.3 for place in others], own)
+        to_region = softmax_loss([cosine(r[place], z[n, j]) / 0.3 for place in others], own)
+        losses.setdefault(n, []).append(lambdas[0] * to_sentence + lambdas[1] * to_region)
+    loss = sentence_contrastive_loss(z, r, mask, 0.3, *lambdas, cross, None if identical else ids)
+    assert loss.item() == pytest.approx(mean([mean(own) for own in losses.values()]), rel=1e-11, abs=1e-14)
+
+
+@pytest.mark.parametrize("others", [False, True])
+@pytest.mark.parametrize("ignore", [False, True])
+@pytest.mark.parametrize("classes", [1, 3])
+def test_pathology_classification_options_equal_the_equations(others, ignore, classes):
+    inputs = random_batch(21, classes=classes)[1]
+    features, positive, negative = (inputs[name].double() for name in ("query_features", "positive", "negative"))
+    losses = pathology_classification_loss(features, positive, negative, inputs["labels"], 0.3, others, ignore)
+    for (n, c), label in zip(itertools.product(range(4), range(classes)), inputs["labels"].flatten(), strict=True):
+        p, q = ([cosine(features[n, c], prompt) / 0.3 for prompt in prompts] for prompts in (positive, negative))
+        candidates = [p[c], q[c]] if ignore and not label else p + (q if others else [q[c]])
+        assert losses[n, c].item() == pytest.approx(softmax_loss(candidates, p[c] if label else q[c]), rel=1e-11)
+
+
+@pytest.mark.parametrize("contrast", ["posneg", "only_pos", "all"])
+@pytest.mark.parametrize("subset", [None, (True, False, True), (False, False, False)])
+@pytest.mark.parametrize("seed", range(3))
+def test_anatomy_classification_options_equal_the_equations(contrast, subset, seed):
+    inputs = random_batch(30 + seed, images=3, anatomies=4)[2]
+    g = torch.Generator().manual_seed(seed)
+    features, positive, negative = (inputs[name].double() for name in ("query_features", "positive", "negative"))
+    of_region = torch.randn(2, 4, 3, 8, generator=g, dtype=torch.float64)  # positive and negative ones
+    labels, observed = inputs["labels"], inputs["has_labels"] & inputs["present"][..., None]
+    observed[0, 0] = False
+    chosen = None if subset is None else torch.tensor(subset)
+    losses = anatomy_classification_loss(
+        features, positive, negative, labels, observed, 0.3, contrast, chosen, *of_region
+    )
+    for n, a in itertools.product(range(3), range(4)):
+        describing, misleading = [], []
+        for c in observed[n, a].nonzero().flatten().tolist():
+            pairs = [(positive[c], negative[c])]
+            if contrast == "all":
+                pairs.append((of_region[0, a, c], of_region[1, a, c]))
+                for b in range(4):
+                    if b != a and observed[n, b, c]:
+                        misleading += [cosine(features[n, a], of_region[sign, b, c]) / 0.3 for sign in (0, 1)]
+            for pair in pairs:
+                p, q = (cosine(features[n, a], prompt) / 0.3 for prompt in pair)
+                if labels[n, a, c]:
+                    describing.append(p)
+                    misleading.append(q)
+                elif subset is None or subset[c]:
+                    misleading.append(p)
+                    describing += [q] if contrast != "only_pos" else []
+        expected = log_sum_exp(describing + misleading) - mean(describing) if describing + misleading else 0.0
+        assert losses[n, a].item() == pytest.approx(expected, rel=1e-11, abs=1e-14), (n, a)
+
+
+def take_cheapest(cost: list[list[float]], replicas: int) -> list[tuple[int, int]]:
+    """Pairs (region, target): the cheapest one of the replicated matrix, again and again."""
+    values = [value for row in cost for value in row]
+    offset = max(values) - min(values) + 1
+    left = {
+        (region, target, replica): value + replica * offset
+        for region, row in enumerate(cost)
+        for target, value in enumerate(row)
+        for replica in range(replicas)
+    }
+    pairs = []
+    while left:
+        region, target, replica = min(left, key=left.get)
+        pairs.append((region, target))
+        left = {key: v for key, v in left.items() if key[0] != region and key[1:] != (target, replica)}
+    return pairs
+
+
+@pytest.mark.parametrize("mode", ["balanced", "ignore"])
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("alpha", [None, 0.3])
+@pytest.mark.parametrize("seed", range(2))
+def test_detection_options_equal_the_equations(mode, greedy, alpha, seed):
+    """With other coefficients than the published ones, and regions that have no target."""
+    inputs = random_batch(40 + seed)[1]
+    inputs = {name: v.double() if v.is_floating_point() else v for name, v in inputs.items()}
+    options = DetectionOptions(3.0, 4.0, 2.0, 1.5, 6.0, 0.5, 0.7, alpha, 1.5, mode, greedy)
+    scores, annotated = inputs["region_scores"], inputs["has_boxes"]
+    box_losses, rewarded = {}, set()
+    for n, c in annotated.nonzero().tolist():
+        targets = inputs["target_boxes"][n, c][inputs["target_mask"][n, c]]
+        box_losses[n, c] = 0.0
+        if not len(targets):
+            continue
+        cost, loss = [], []
+        for s, box in enumerate(inputs["region_boxes"][n, c]):
+            l1 = [float((box - target).abs().sum()) for target in targets]
+            giou = [(box_cost(box, target) - 5 * own) / 2 for target, own in zip(targets, l1, strict=True)]
+            feature = inputs["region_features"][n, c, s]
+            margin = float(feature @ inputs["positive"][c] - feature @ inputs["negative"][c])
+            other = 2 * (1 - 1 / (1 + math.exp(-margin))) + 1.5 * (1 - float(scores[n, c, s]))
+            cost.append([3 * a + 4 * b + other for a, b in zip(l1, giou, strict=True)])
+            loss.append([6 * a + 0.5 * b for a, b in zip(l1, giou, strict=True)])
+        if greedy:
+            pairs = take_cheapest(cost, -(-3 // len(targets)) if mode == "balanced" else 1)
+        elif mode == "balanced":
+            pairs, _ = best_map(cost)
+        else:
+            size = min(3, len(targets))
+            choices = (
+                list(zip(regions, columns, strict=True))
+                for regions in itertools.combinations(range(3), size)
+                for columns in itertools.permutations(range(len(targets)), size)
+            )
+            pairs = min(choices, key=lambda chosen, cost=cost: sum(cost[s][t] for s, t in chosen))
+        box_losses[n, c] = mean([loss[s][t] for s, t in pairs])
+        for target in {t for _, t in pairs}:
+            rewarded.add((n, c, min((s for s, t in pairs if t == target), key=lambda s, t=target: cost[s][t])))
+    seen = sorted({n for n, _ in box_losses})
+    total = len(seen) * 3 * 3
+    weight = alpha if alpha is not None else (total - len(rewarded) + 1) / (total + 2)
+    score_losses = {}
+    for n, c in box_losses:
+        focal = []
+        for s in range(3):
+            p = float(scores[n, c, s])
+            hit = (n, c, s) in rewarded
+            focal.append(
+                -(weight if hit else 1 - weight) * (1 - p if hit else p) ** 1.5 * math.log(p if hit else 1 - p)
+            )
+        score_losses[n, c] = mean(focal)
+    boxes, score = (
+        mean([mean([v for (m, _), v in losses.items() if m == n]) for n in seen])
+        for losses in (box_losses, score_losses)
+    )
+    arguments = [inputs[name] for name in ("region_boxes", "region_scores", "region_features", "positive", "negative")]
+    arguments += [inputs[name] for name in ("target_boxes", "target_mask", "has_boxes")]
+    found = pathology_detection_loss(*arguments, options)
+    assert found.box_loss.item() == pytest.approx(boxes, rel=1e-11)
+    assert found.score_loss.item() == pytest.approx(score, rel=1e-11)
+    assert found.loss.item() == pytest.approx(boxes + 0.7 * score, rel=1e-11)
+
+
+def naive_other_terms(inputs: dict) -> dict[str, float]:
+    """Losses that the paper does not have."""
+    pairs = {True: [], False: []}
+    for n, a, c in (inputs["has_labels"] & inputs["present"][..., None]).nonzero().tolist():
+        feature, label = inputs["query_features"][n, a], bool(inputs["labels"][n, a, c])
+        d = (cosine(feature, inputs["positive"][c]) - cosine(feature, inputs["negative"][c])) / 0.1
+        pairs[label].append(math.log1p(math.exp(-d if label else d)))
+    presence = [
+        -math.log(p if inputs["present"][n, a] else 1 - p)
+        for n, a in inputs["has_boxes"].nonzero().tolist()
+        for p in inputs["region_scores"][n, a].tolist()
+    ]
+    boxes, truth = {}, []
+    for n, s in inputs["has_boxes"].nonzero().tolist():
+        targets = inputs["targets"][n, s][inputs["target_mask"][n, s]]
+        truth += [-math.log(p if len(targets) else 1 - p) for p in inputs["region_scores"][n, s].tolist()]
+        value = 0.0
+        if len(targets):
+            costs = [[box_cost(box, target) for target in targets] for box in inputs["region_boxes"][n, s]]
+            scored = [
+                [v + 3 * (1 - float(p)) for v in row]
+                for row, p in zip(costs, inputs["region_scores"][n, s], strict=True)
+            ]
+            value = mean([costs[r][t] for r, t in best_map(scored)[0]])
+        boxes.setdefault(n, []).append(value)
+    return {
+        "statement": (mean(pairs[True]) + mean(pairs[False])) / 2,
+        "presence": mean(presence),
+        "phrases": mean([mean(losses) for losses in boxes.values()]) + mean(truth),
+    }
+
+
+def other_terms(inputs: dict, collectives: Collectives = SINGLE_PROCESS) -> dict[str, torch.Tensor]:
+    labels = [inputs[name] for name in ("query_features", "positive", "negative", "labels")]
+    observed = inputs["has_labels"] & inputs["present"][..., None]
+    regions = [inputs[name] for name in ("region_boxes", "region_scores", "targets", "target_mask", "has_boxes")]
+    return {
+        "statement": statement_loss(*labels, observed, 0.1, collectives.of("statement")),
+        "presence": presence_loss(
+            inputs["region_scores"], inputs["present"], inputs["has_boxes"], collectives.of("presence")
+        ),
+        "phrases": sentence_detection_loss(*regions, collectives=collectives.of("phrases")),
+    }
+
+
+def other_inputs(seed: int, **sizes: int) -> dict[str, torch.Tensor]:
+    inputs = random_batch(seed, **sizes)[2]
+    g = torch.Generator().manual_seed(seed)
+    places = inputs["present"].shape
+    draws = torch.rand(*places, 2, 4, generator=g)
+    inputs |= {
+        "region_scores": 0.1 + 0.8 * torch.rand(*places, 3, generator=g),
+        "targets": torch.cat([draws[..., :2], 0.1 + 0.5 * draws[..., 2:]], dim=-1),
+        "target_mask": torch.rand(*places, 2, generator=g) < 0.5,
+    }
+    return {name: v.double() if v.is_floating_point() else v for name, v in inputs.items()}
+
+
+@pytest.mark.parametrize("case", ["some", "one image", "nothing", "all present", "all absent"])
+@pytest.mark.parametrize("seed", range(2))
+def test_terms_outside_the_paper_equal_their_equations(case, seed):
+    inputs = other_inputs(60 + seed, images=1 if case == "one image" else 4)
+    if case == "nothing":
+        inputs |= {name: torch.zeros_like(inputs[name]) for name in ("has_labels", "has_boxes")}
+    elif case.startswith("all"):
+        inputs["labels"] = torch.full_like(inputs["labels"], case == "all present")
+        inputs["target_mask"] = torch.full_like(inputs["target_mask"], case == "all present")
+    expected = naive_other_terms(inputs)
+    for name, loss in other_terms(inputs).items():
+        assert loss.item() == pytest.approx(expected[name], rel=1e-11, abs=1e-14), name
+    if case == "nothing":
+        assert not any(expected.values())
+
+
+@pytest.mark.parametrize("mode", ["corrected", "official"])
+@pytest.mark.parametrize("case", ["some", "one text of one token", "nothing"])
+def test_generation_loss_equals_the_equation(mode, case):
+    g = torch.Generator().manual_seed(5)
+    lengths = {"some": [4, 7, 0, 2], "one text of one token": [1], "nothing": [0, 0]}[case]
+    logits = torch.randn(len(lengths), 7, 9, generator=g, dtype=torch.float64)
+    ids = torch.randint(0, 9, (len(lengths), 7), generator=g)
+    mask = torch.arange(7) < torch.tensor(lengths)[:, None]
+    losses = []
+    for row, length in enumerate(lengths):
+        counted = 0 if not length else 7 if mode == "official" else length
+        for t in range(counted - 1):
+            scores = logits[row, t].tolist()
+            losses.append(softmax_loss(scores, scores[ids[row, t + 1]]))
+    assert generation_loss(logits, ids, mask, mode).item() == pytest.approx(mean(losses), rel=1e-11, abs=1e-14)
+
+
 def test_official_mode_differs_only_where_it_is_said_to():
     """The rewarded regions, and sentences of anatomies outside of the image."""
     _, pathology, anatomy = random_batch(4)
@@ -984,14 +1247,22 @@ class Processes:
         )
 
 
-@pytest.mark.parametrize("which", range(3), ids=["sentence", "pathology", "anatomy"])
-def test_processes_agree_with_one_process(which):
-    """Mean over two unevenly annotated processes = one process with the whole batch."""
-    inputs = random_batch(11)[which]
+FUNCTIONS = (*OBJECTIVES, other_terms)
+
+
+def uneven_batch(which: int) -> dict[str, torch.Tensor]:
+    """Four images, of which the last two have few annotations."""
+    inputs = other_inputs(11) if which == 3 else random_batch(11)[which]
     for name in ("sentence_mask", "has_labels", "has_boxes", "has_sentences"):
         if name in inputs:
             inputs[name][2:] &= torch.rand(inputs[name][2:].shape, generator=torch.Generator().manual_seed(1)) < 0.3
-    options = {}
+    return inputs
+
+
+@pytest.mark.parametrize("which", range(4), ids=["sentence", "pathology", "anatomy", "other"])
+def test_processes_agree_with_one_process(which):
+    """Mean over two unevenly annotated processes = one process with the whole batch."""
+    inputs, options = uneven_batch(which), {}
     if which == 2:
         options = {"options": AnatomyOptions(subsample_negatives=2)}
     shared = ("positive", "negative")
@@ -1001,7 +1272,8 @@ def test_processes_agree_with_one_process(which):
         own = slice(0, 2) if rank == 0 else slice(2, 4)
         local = {name: value if name in shared else value[own] for name, value in inputs.items()}
         generator = {"generator": torch.Generator().manual_seed(3)} if which == 2 else {}
-        results[rank] = OBJECTIVES[which](**local, **options, **generator, collectives=group.collectives(rank))
+        local = {"inputs": local} if which == 3 else local
+        results[rank] = FUNCTIONS[which](**local, **options, **generator, collectives=group.collectives(rank))
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -1009,8 +1281,45 @@ def test_processes_agree_with_one_process(which):
     for thread in threads:
         thread.join()
     generator = {"generator": torch.Generator().manual_seed(3)} if which == 2 else {}
-    for name, expected in OBJECTIVES[which](**inputs, **options, **generator).items():
+    inputs = {"inputs": inputs} if which == 3 else inputs
+    for name, expected in FUNCTIONS[which](**inputs, **options, **generator).items():
         assert_close((results[0][name] + results[1][name]) / 2, expected, 1e-6)
+
+
+@pytest.mark.parametrize("objective_mode", ["corrected", "official"])
+@pytest.mark.parametrize("which", range(4), ids=["sentence", "pathology", "anatomy", "other"])
+def test_parts_of_a_step_agree_with_the_whole_step(which, objective_mode):
+    """
+    Parts of one and of three images are counted while their outputs are all zero, as no model has computed them yet;
+    then their losses add up to those of all images together.
+    """
+    inputs, shared, totals = uneven_batch(which), ("positive", "negative"), StepTotals()
+    arguments = {"objective_mode": objective_mode} if which in (1, 2) else {}
+    outputs = ("query_features", "patch_features", "region_boxes", "region_scores", "region_features")
+    outputs += ("multi_region_boxes", "multi_region_scores")
+
+    def part(images: slice, counting: bool) -> dict[str, torch.Tensor]:
+        local = {name: value if name in shared else value[images] for name, value in inputs.items()}
+        if counting:
+            local |= {name: torch.zeros_like(local[name]) for name in outputs if name in local}
+        local = {"inputs": local} if which == 3 else local
+        return FUNCTIONS[which](**local, **arguments, collectives=Collectives(totals=totals))
+
+    parts = (slice(0, 1), slice(1, 4))
+    for images in parts:
+        part(images, counting=True)
+    totals.finish(SINGLE_PROCESS)
+    results = [part(images, counting=False) for images in parts]
+    whole = FUNCTIONS[which](**({"inputs": inputs} if which == 3 else inputs), **arguments)
+    for name, expected in whole.items():
+        if "contrastive" in name:  # whose negatives are those of a part: the mean over images of what they give alone
+            mask = inputs["sentence_mask"]
+            weights = [mask[images].any(1).sum() for images in parts]
+            alone = [
+                sentence_objective(**{key: value[images] for key, value in inputs.items()})[name] for images in parts
+            ]
+            expected = sum(w * loss for w, loss in zip(weights, alone, strict=True)) / sum(weights)
+        assert_close(results[0][name] + results[1][name], expected, 1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
