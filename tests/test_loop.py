@@ -30,7 +30,9 @@ from training.supervision import Supervision
 
 
 class Regression(Supervision):
-    """Item i has the inputs of row i; the loss is a mean over items."""
+    """Item i has the inputs of row i; the loss is a mean over items. A `writer` stands in for a disk."""
+
+    writer = None
 
     def __init__(self, items):
         super().__init__(nn.Sequential(nn.Linear(3, 1)))
@@ -56,6 +58,8 @@ def regression(supervision, items):
         data = torch.arange(items)
 
         def save(folder):
+            if supervision.writer is not None:
+                supervision.writer(folder)
             folder.mkdir(parents=True)
             torch.save(supervision.model.state_dict(), folder / "weights.pt")
             (folder / "config.json").write_text("{}", encoding="utf-8")
@@ -142,6 +146,31 @@ def test_the_size_of_accumulated_batches_does_not_matter(tmp_path):
 def test_items_that_fill_no_batch_are_left_out(tmp_path):
     supervision = train(tmp_path, items=7, optimization={"epochs": 2, "max_steps": None})
     assert [len(batch) for batch in supervision.seen] == [2] * 6
+
+
+# --- validation
+
+
+def test_batches_of_validation_draw_for_themselves_and_alike_every_time(tmp_path):
+    """Otherwise all of them would ask for anatomies by box, say, whenever the first one does."""
+
+    class Drawing(Regression):
+        def __init__(self, items):
+            super().__init__(items)
+            self.drawn = []
+
+        def forward(self, batch, seed, epoch=0, totals=None):
+            if not self.training:
+                self.drawn.append((process_collectives(totals).counting, seed, batch.tolist()))
+            return super().forward(batch, seed, epoch, totals)
+
+    supervision = Drawing(7)
+    config = configuration(tmp_path, optimization={"max_steps": 3}, tracking={"validate_every": 1})
+    run_stage(config, regression(supervision, 7))
+    batches = [(0, [0, 1]), (1, [2, 3]), (2, [4, 5]), (3, [6])]
+    counted = [(seed, items) for counting, seed, items in supervision.drawn if counting]
+    computed = [(seed, items) for counting, seed, items in supervision.drawn if not counting]
+    assert counted == batches and computed == 3 * batches
 
 
 # --- moving average
@@ -256,6 +285,25 @@ def test_a_metric_that_is_not_measured(tmp_path, selection, message):
     with pytest.raises(ValueError) as error:
         train(tmp_path, selection=SelectionConfig(**selection))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("accelerated", "apple", "cpu"), [(False, False, True), (True, False, False), (True, True, True)]
+)
+def test_the_device_is_one_that_training_can_use(tmp_path, monkeypatch, accelerated, apple, cpu):
+    """Apple's GPUs have no float64."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerated)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: apple)
+    given = []
+
+    def accelerator(**options):
+        given.append(options["cpu"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "Accelerator", accelerator)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path)
+    assert given == [cpu]
 
 
 # --- values that are not finite

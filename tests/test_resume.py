@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import training.loop as loop
+from tests.test_loop import Regression, configuration, regression
 from tests.test_training import (
     ROOT,
     Interrupted,
@@ -26,8 +28,11 @@ from tests.test_training import (
     run,
     script,
     weights,
+    without_time,
 )
-from training.checkpoints import MANIFEST, find_damage
+from training.checkpoints import MANIFEST, Checkpoints, find_damage
+from training.configuration import SelectionConfig
+from training.loop import run_stage
 from training.preemption import EXIT_CODE, SIGNALS, Preempted, StopRequest
 
 
@@ -232,12 +237,149 @@ def test_a_model_that_a_checkpoint_has_chosen_is_there(interrupted, workspace, t
     assert there == {f"update-{update:08d}" for update in needed}
 
 
-def test_a_kill_between_files_of_the_end(workspace, tmp_path):
-    """Checkpoints go before the model appears: what is left is a run without checkpoints, which starts again."""
-    folder = shutil.copytree(workspace / "reference", tmp_path / "run")
-    (folder / "model").rename(folder / "model.partial")
-    run(workspace, STAGE, folder, *OPTIONS)
-    compare_all(folder, workspace / "reference")
+# --- the end of a run, full disks, other processes, with a small regression in place of ChEX
+
+
+def train_regression(folder, **options):
+    run_stage(configuration(folder, **{"tracking": {"save_every": 2}} | options), regression(Regression(22), 22))
+
+
+def entries(folder):
+    return without_time(read_history(folder / "run"))
+
+
+def test_kills_at_the_end(tmp_path, monkeypatch, caplog):
+    """Checkpoints go when the model is there, not before: no instant costs the whole run."""
+    train_regression(tmp_path / "reference")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail_for(Path.rename, "model.partial", Interrupted))
+        with pytest.raises(Interrupted):
+            train_regression(tmp_path / "written")
+    left = {path.name for path in (tmp_path / "written" / "run").iterdir()}
+    assert {"model.partial", "checkpoints"} < left and "model" not in left
+    train_regression(tmp_path / "written")
+    assert "resuming at update 4 of 6" in caplog.text
+    assert entries(tmp_path / "written") == entries(tmp_path / "reference")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.shutil, "rmtree", fail_for(shutil.rmtree, "checkpoints", Interrupted))
+        with pytest.raises(Interrupted):
+            train_regression(tmp_path / "named")
+    folder = tmp_path / "named" / "run"
+    assert (folder / "model" / "config.json").is_file() and (folder / "checkpoints").is_dir()
+    monkeypatch.setattr(loop, "_train", lambda *_: pytest.fail("trained again"))
+    train_regression(tmp_path / "named")
+    assert not (folder / "checkpoints").exists() and not (folder / "model.partial").exists()
+
+
+def fail_for(function, name, error):
+    """The function, which raises an error for paths of this name."""
+
+    def called(path, *args, **kwargs):
+        if Path(path).name == name and Path(path).exists():
+            raise error
+        return function(path, *args, **kwargs)
+
+    return called
+
+
+def full_disk(error):
+    def write(path):
+        Path(path).mkdir(parents=True)
+        (Path(path) / "model.safetensors").write_bytes(b"half")
+        raise error
+
+    return write
+
+
+FULL_DISK = (
+    OSError(28, "No space left on device"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),  # what torch.save says
+)
+
+
+@pytest.mark.parametrize("error", FULL_DISK, ids=["OSError", "safetensors", "torch.save"])
+@pytest.mark.parametrize("what", ["checkpoint", "best model", "model"])
+def test_a_full_disk_is_named_and_costs_no_more_than_the_last_updates(tmp_path, monkeypatch, error, what):
+    options = {"selection": SelectionConfig("loss")} if what == "best model" else {}
+    options["tracking"] = {"save_every": 2, "validate_every": 3}
+    train_regression(tmp_path / "reference", **options)
+    before, write, saved = loop.Accelerator.save_state, full_disk(error), []
+
+    def save_state(self, folder):
+        saved.append(folder)
+        return write(folder) if len(saved) == 2 else before(self, folder)
+
+    with monkeypatch.context() as patch:
+        if what == "checkpoint":
+            patch.setattr(loop.Accelerator, "save_state", save_state)
+        else:
+            patch.setattr(Regression, "writer", staticmethod(write), raising=False)
+        with pytest.raises(
+            OSError, match=r"cannot be written to .*, where [\d,]+ MiB are free .*goes on from the last"
+        ):
+            train_regression(tmp_path, **options)
+    assert not list((tmp_path / "run").rglob("*.partial")), "the space is free again"
+    kept = {"checkpoint": [2], "best model": [2], "model": [2, 4]}[what]
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == [f"update-{update:08d}" for update in kept]
+    train_regression(tmp_path, **options)
+    assert entries(tmp_path) == entries(tmp_path / "reference")
+
+
+def test_other_errors_while_writing_stay_what_they_are(tmp_path, monkeypatch):
+    write = full_disk(RuntimeError("Connection closed by peer"))
+    monkeypatch.setattr(loop.Accelerator, "save_state", lambda self, folder: write(folder))
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        train_regression(tmp_path)
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """A run with the checkpoints of the updates 2 and 4."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, 4)
+        with pytest.raises(Interrupted):
+            train_regression(tmp_path)
+    return tmp_path
+
+
+def test_a_checkpoint_of_other_processes_is_refused(stopped):
+    """Their batches, which the place in the epoch counts, would be others."""
+    path = stopped / "run" / "checkpoints" / "update-00000004" / MANIFEST
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    assert manifest["processes"] == 1
+    path.write_text(json.dumps(manifest | {"processes": 4}), encoding="utf-8")
+    with pytest.raises(ValueError, match="was written by a run of 4 processes, and this one has 1: .* --overwrite"):
+        train_regression(stopped)
+    del manifest["processes"]  # of an earlier version
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    train_regression(stopped)
+
+
+def test_what_a_kill_left_half_written_is_deleted(stopped):
+    folder = stopped / "run" / "checkpoints"
+    (folder / "update-00000005.partial").mkdir()
+    (folder / "update-00000005.partial" / "optimizer.bin").write_bytes(b"half")
+    newest = Checkpoints(loop.Accelerator(cpu=True), folder).newest()
+    assert newest == folder / "update-00000004"
+    assert sorted(path.name for path in folder.iterdir()) == ["update-00000002", "update-00000004"]
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"models": 3}'])
+def test_an_older_checkpoint_may_be_damaged(stopped, content):
+    """It is not used, so it needs no models; nor does it end the run."""
+    path = stopped / "run" / "checkpoints" / "update-00000002" / MANIFEST
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content, encoding="utf-8")
+    checkpoints = Checkpoints(loop.Accelerator(cpu=True), stopped / "run" / "checkpoints")
+    checkpoints.save(5, models=[3, 5])
+    assert checkpoints.needed_models() == {3, 5}
+    checkpoints.kept = 3
+    assert checkpoints.needed_models() == {3, 5}
 
 
 # --- signals that ask a run to stop

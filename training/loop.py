@@ -38,7 +38,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from training.checkpoints import Checkpoints, TrainingState
+from training.checkpoints import Checkpoints, TrainingState, writing
 from training.collate import first
 from training.configuration import CONFIG_DIR, OptimizationConfig, StageConfig, load_config, read_resolved
 from training.distributed import (
@@ -63,9 +63,10 @@ from training.supervision import Supervision
 
 logger = logging.getLogger(__name__)
 
-# What a run writes. The configuration is deleted last: without it, a model would be nobody's.
+# What a run writes. The configuration is deleted last: without it, a model would be nobody's; checkpoints before the
+# best models, which they refer to.
 RUN_FILES = (
-    *("model", "model.partial", "best", "checkpoints", "history.jsonl", "history.partial", "environment.jsonl"),
+    *("model", "model.partial", "checkpoints", "best", "history.jsonl", "history.partial", "environment.jsonl"),
     *("nonfinite*.json", "nonfinite*.partial", "trackers", "config.partial", "config.yaml"),
 )
 
@@ -173,6 +174,7 @@ def run_stage(config: StageConfig, build: Callable[[StageConfig], StageParts], o
     same = config_path.is_file() and _is_same_run(config_path.read_text(encoding="utf-8"), resolved)
     same = same and not overwrite and not _older_than(config_path, (config.init_from, config.generator_from))
     if same and (model_dir / "config.json").is_file():
+        shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)  # a kill may have left them there
         logger.warning("%s: reusing the finished run in %s.", config.stage, output_dir)
         return model_dir
     if model_dir.exists() and not config_path.is_file():
@@ -199,10 +201,11 @@ def run_stage(config: StageConfig, build: Callable[[StageConfig], StageParts], o
             if accelerator.is_main_process:
                 temporary = output_dir / "model.partial"
                 shutil.rmtree(temporary, ignore_errors=True)
-                parts.save(temporary)
-                shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
+                with writing("The model", temporary):
+                    parts.save(temporary)
                 shutil.rmtree(model_dir, ignore_errors=True)
                 temporary.rename(model_dir)
+                shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)  # only now that they are not needed
             accelerator.wait_for_everyone()
     finally:
         for tracker in accelerator.trackers:  # not `end_training`: other stages of this process need the others again
@@ -260,7 +263,7 @@ def _set_up(config: StageConfig, build: Callable[[StageConfig], StageParts]) -> 
             )
     AcceleratorState._reset_state()  # one process may run several stages, each in a precision of its own
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # otherwise processes on CPUs would not be connected
+        cpu=_on_cpu(),
         mixed_precision=choose_precision(config.mixed_precision),
         log_with=list(config.tracking.trackers) or None,
         project_config=ProjectConfiguration(config.output_dir, str(Path(config.output_dir) / "trackers")),
@@ -297,6 +300,12 @@ def _set_up(config: StageConfig, build: Callable[[StageConfig], StageParts]) -> 
             f"{accelerator.num_processes} processes. Lower optimization.batch_size or add data."
         )
     return accelerator, parts
+
+
+def _on_cpu() -> bool:
+    """Whether to train on the CPU, which has to be said: otherwise processes there would not be connected."""
+    # Apple's GPU has no float64, in which random draws and counts are kept.
+    return not torch.accelerator.is_available() or torch.backends.mps.is_available()
 
 
 def _start_trackers(accelerator: Accelerator, config: StageConfig, output_dir: Path) -> None:
@@ -495,8 +504,8 @@ def _validate(
     evaluate: Callable[[], dict[str, float]] | None,
 ) -> dict[str, float]:
     """
-    Mean losses on validation images without augmentation, and the values of tasks; returns what the history gets. One
-    fixed seed makes the values comparable.
+    Mean losses on validation images without augmentation, and the values of tasks; returns what the history gets.
+    What is drawn is the same every time, so that values can be compared.
     """
     module.eval()
     validation, values = History(history.path, history.stage, accelerator), [{}]

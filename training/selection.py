@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from training.checkpoints import writing
 from training.configuration import SelectionConfig, nearest
 
 
@@ -85,7 +86,8 @@ class Selection:
         """Writes the model of an update; nothing is left of it under its name if that is interrupted."""
         temporary, final = self.folder / f"update-{update:08d}.partial", self.folder / f"update-{update:08d}"
         shutil.rmtree(temporary, ignore_errors=True)
-        save(temporary)
+        with writing(f"The model of update {update}", temporary):
+            save(temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
 

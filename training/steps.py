@@ -133,17 +133,19 @@ class SharedSplit:
     def losses(self, module: nn.Module) -> dict[str, Tensor]:
         """
         Losses on the split, averaged over all of it, of the supervision as it is wrapped for several processes, in
-        eval mode. Their mean over the processes is what counts.
+        eval mode. Their mean over the processes is what counts. Every batch has a seed of its own, since what is drawn
+        for a whole batch, such as whether anatomies are asked for by name or by box, should not be the same in all;
+        it is that of its number, so that values can be compared.
         """
         if self.totals is None:  # the same whenever they are asked for
             totals = StepTotals()
-            for batch in self:
-                self.supervision.count(batch, 0, 0, totals)
+            for seed, batch in enumerate(self):
+                self.supervision.count(batch, seed, 0, totals)
             totals.finish(process_collectives())
             self.totals = totals
         sums: dict[str, Tensor] = {}
-        for batch in self:
-            sums = add_up(sums, module(batch, seed=0, totals=self.totals))
+        for seed, batch in enumerate(self):
+            sums = add_up(sums, module(batch, seed=seed, totals=self.totals))
         return sums
 
 
