@@ -202,7 +202,7 @@ def score_constant_texts(
     regions = region_sentence_baselines(train, label)
     region_scores = {name: _score_region_sentences(texts, test, label, names) for name, texts in regions.items()}
     region_choice = max(
-        regions, key=lambda name: _score_region_sentences(regions[name], train, label, names)["micro_f1"]
+        regions, key=lambda name: _score_region_sentences(regions[name], train, label, names)["micro_f1"] or 0.0
     )
 
     reports = [target.report for target in train]
@@ -212,7 +212,7 @@ def score_constant_texts(
     prevalence = {name: np.mean([labels.get(name) == 1 for labels in truth]) for name in names}
     ranked = sorted(names, key=lambda name: -prevalence[name])
     fixed_sets = [dict.fromkeys(ranked[:size], 1) for size in range(1, len(ranked) + 1)]
-    best_set = max(fixed_sets, key=lambda s: finding_f1([s] * len(truth), truth, classes=names)["micro_f1"])
+    best_set = max(fixed_sets, key=lambda s: finding_f1([s] * len(truth), truth, classes=names)["micro_f1"] or 0.0)
     constants = {
         "most frequent report": label(frequent),
         "most frequent abnormal report": label(abnormal),
@@ -220,10 +220,10 @@ def score_constant_texts(
     }
     test_truth = [label(target.report) for target in test]
 
-    def report_f1(labels: Mapping[str, int], actual: list[Mapping[str, int]]) -> float:
+    def report_f1(labels: Mapping[str, int], actual: list[Mapping[str, int]]) -> float | None:
         return finding_f1([labels] * len(actual), actual, classes=names)["micro_f1"]
 
-    report_choice = max(constants, key=lambda name: report_f1(constants[name], truth))
+    report_choice = max(constants, key=lambda name: report_f1(constants[name], truth) or 0.0)
     return {
         "description_f1": region_scores[region_choice]["micro_f1"],
         "report_f1": report_f1(constants[report_choice], test_truth),

@@ -603,6 +603,20 @@ def test_nothing_to_score():
     assert region_auroc(np.zeros((0, 2, 3)), np.zeros((0, 2, 3)), np.zeros((0, 2)))["weighted"] is None
     assert box_auroc(np.zeros((0, 3)), [], 3)["auroc"] is None
     assert bootstrap(GroundingIouStatistic([], []), 3)["miou"]["undefined"] == 3
+    with pytest.raises(ValueError, match="`num_classes` is -1"):
+        detection_map([], [], -1)
+
+
+@pytest.mark.parametrize(
+    "name", ["detection_map", "coco_map", "grounding_iou", "box_auroc", "region_auroc", "box_iou"]
+)
+def test_nothing_to_score_through_evaluate(name, tmp_path):
+    more = {"region_auroc": {"present": []}, "box_iou": {"labels": []}}.get(name, {})
+    result = evaluate.load(str(METRICS / name), cache_dir=str(tmp_path)).compute(predictions=[], references=[], **more)
+    headline = {"grounding_iou": "miou", "box_auroc": "auroc", "region_auroc": "weighted", "box_iou": "miou"}
+    assert result[headline.get(name, "map")] is None
+    with pytest.raises(ValueError, match="differ in length: 0 predictions and 1 references"):
+        evaluate.load(str(METRICS / name), cache_dir=str(tmp_path)).compute(predictions=[], references=[0], **more)
 
 
 # -- modules of `evaluate` --------------------------------------------------------------------------------------------

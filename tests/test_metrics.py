@@ -401,3 +401,4 @@ def test_finding_f1_takes_texts_and_a_labeller(tmp_path):
     assert result["micro_f1"] == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="without a labeller"):
         FindingF1(cache_dir=str(tmp_path)).compute(**texts)
+    assert FindingF1(cache_dir=str(tmp_path)).compute(predictions=[], references=[])["micro_f1"] is None

@@ -391,6 +391,10 @@ def test_evaluate_loads_the_metric(name, tmp_path):
     assert metric.compute(predictions=candidates, references=references, units=[0, 0]) == expected
     several = metric.compute(predictions=candidates, references=[["Heart.", "Heart is normal."], ["Clear lungs."]])
     assert several[{"bleu": "bleu1"}.get(name, name)] > 0
+    nothing = metric.compute(predictions=[], references=[])
+    assert (nothing[{"bleu": "bleu1"}.get(name, name)], nothing["count"]) == (None, 0)
+    with pytest.raises(ValueError, match="differ in length: 0 predictions and 2 references"):
+        metric.compute(predictions=[], references=references)
 
 
 # -- METEOR: its formula ----------------------------------------------------------------------------------------------

@@ -34,6 +34,8 @@ def read_detections(
         )
     found = BoxTable.read(predictions, "predictions", scored=True, labelled=labelled)
     targets = BoxTable.read(references, "references", scored=False, labelled=labelled)
+    if num_classes is not None and num_classes < 0:
+        raise ValueError(f"`num_classes` is {num_classes}; a number of classes is not negative.")
     if num_classes is None:
         num_classes = int(max(table.labels.max(initial=-1) for table in (found, targets))) + 1
     for table, name in ((found, "predictions"), (targets, "references")):

@@ -21,6 +21,7 @@ import evaluate
 import numpy as np
 
 from evaluation.bootstrap import check_counts
+from evaluation.metrics.checked_batches import CheckedBatches
 from evaluation.metrics.text_preparation import (
     TextPairs,
     named_values,
@@ -125,7 +126,7 @@ def bleu(
     return {**named_values(statistic), "count": len(pairs), "dropped": pairs.dropped}
 
 
-class Bleu(evaluate.Metric):
+class Bleu(CheckedBatches, evaluate.Metric):
     """`evaluate` wrapper of `bleu`."""
 
     def _info(self) -> evaluate.MetricInfo:

@@ -16,6 +16,7 @@ import numpy as np
 
 from evaluation.bootstrap import check_counts
 from evaluation.metrics.boxes import check_units
+from evaluation.metrics.checked_batches import CheckedBatches
 from evaluation.metrics.weighted_auroc import WeightedAuroc
 
 
@@ -158,7 +159,7 @@ def box_auroc(
     }
 
 
-class BoxAuroc(evaluate.Metric):
+class BoxAuroc(CheckedBatches, evaluate.Metric):
     """`evaluate` wrapper of `box_auroc`."""
 
     def _info(self) -> evaluate.MetricInfo:

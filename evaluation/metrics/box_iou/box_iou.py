@@ -12,6 +12,7 @@ import numpy as np
 
 from evaluation.bootstrap import check_counts
 from evaluation.metrics.boxes import check_boxes, check_units, paired_iou
+from evaluation.metrics.checked_batches import CheckedBatches
 
 
 _DESCRIPTION = "Mean IoU of one predicted box per target box, over all pairs and per query."
@@ -105,7 +106,7 @@ def box_iou(predictions: np.ndarray, references: np.ndarray, labels: Sequence[in
     return result
 
 
-class BoxIou(evaluate.Metric):
+class BoxIou(CheckedBatches, evaluate.Metric):
     """`evaluate` wrapper of `box_iou`."""
 
     def _info(self) -> evaluate.MetricInfo:

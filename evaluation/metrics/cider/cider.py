@@ -26,6 +26,7 @@ import datasets
 import evaluate
 import numpy as np
 
+from evaluation.metrics.checked_batches import CheckedBatches
 from evaluation.metrics.text_preparation import MeanStatistic, TextPairs, named_values, prepare_pairs, prepare_text
 
 
@@ -226,7 +227,7 @@ def cider(
     return {**named_values(statistic), "count": len(pairs), "dropped": pairs.dropped}
 
 
-class Cider(evaluate.Metric):
+class Cider(CheckedBatches, evaluate.Metric):
     """`evaluate` wrapper of `cider`."""
 
     def _info(self) -> evaluate.MetricInfo:

@@ -24,6 +24,7 @@ import numpy as np
 
 from evaluation.bootstrap import check_counts
 from evaluation.labelers.base import CHEXPERT_CLASSES, CHEXPERT_FIVE, Labeler
+from evaluation.metrics.checked_batches import CheckedBatches
 from evaluation.metrics.text_preparation import named_values, ratio, unit_sums
 from evaluation.metrics.units import check_units
 
@@ -331,7 +332,7 @@ def clinical_f1(
     return {**values, "count": statistic.count, "dropped": statistic.dropped}
 
 
-class ClinicalF1(evaluate.Metric):
+class ClinicalF1(CheckedBatches, evaluate.Metric):
     """`evaluate` wrapper of `clinical_f1`: takes texts and a labeller, or label items."""
 
     def _info(self) -> evaluate.MetricInfo:

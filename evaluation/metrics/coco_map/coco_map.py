@@ -17,6 +17,7 @@ import numpy as np
 
 from evaluation.metrics.average_precision import PooledDetections, read_detections
 from evaluation.metrics.boxes import check_units
+from evaluation.metrics.checked_batches import CheckedBatches
 from evaluation.metrics.detection_map.detection_map import nanmean
 
 
@@ -126,7 +127,7 @@ def coco_map(
     return {**means, "per_class": per_class, "classes_defined": int((num_targets > 0).sum())}
 
 
-class CocoMap(evaluate.Metric):
+class CocoMap(CheckedBatches, evaluate.Metric):
     """`evaluate` wrapper of `coco_map`."""
 
     def _info(self) -> evaluate.MetricInfo:

@@ -17,6 +17,7 @@ import numpy as np
 
 from evaluation.metrics.average_precision import PooledDetections, read_detections
 from evaluation.metrics.boxes import check_units
+from evaluation.metrics.checked_batches import CheckedBatches
 
 
 # Written out: 0.1 * 3 is not 0.3 in floating point, and "strictly above t" must hold at IoU = 3/10 exactly.
@@ -132,7 +133,7 @@ def detection_map(
     }
 
 
-class DetectionMap(evaluate.Metric):
+class DetectionMap(CheckedBatches, evaluate.Metric):
     """`evaluate` wrapper of `detection_map`."""
 
     def _info(self) -> evaluate.MetricInfo:

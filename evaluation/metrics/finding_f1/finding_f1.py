@@ -12,6 +12,7 @@ import datasets
 import evaluate
 import numpy as np
 
+from evaluation.metrics.checked_batches import CheckedBatches
 from evaluation.metrics.clinical_f1.clinical_f1 import CellStatistic, positive_cells
 from evaluation.metrics.text_preparation import named_values
 
@@ -26,11 +27,12 @@ Args:
     classes: findings to count, in order; left out: every finding that occurs, sorted.
     labeler: function text -> {finding: 1 / 0 / -1}; needed for texts.
     uncertain_positive: count -1 as positive (the paper's F1-5 does, its F1-14 does not).
-    official: example-based F1 skips texts without a true positive (defect of the official code) instead of counting 0.
+    official: as the official code: example-based F1 skips texts without a true positive instead of counting 0, and a
+        finding that is positive on neither side counts 0 in macro_f1 instead of being left out.
 Returns:
-    micro_f1, micro_precision, micro_recall: all (text, finding) cells pooled; macro_f1: mean over `classes` (0 where
-    nothing is predicted nor true); example_f1: mean over texts (1 where both sides are empty);
-    per_class: {finding: {"f1", "precision", "recall", "support"}}; count: number of texts.
+    micro_f1, micro_precision, micro_recall: all (text, finding) cells pooled; macro_f1: mean over the `classes` that
+    are positive on either side; example_f1: mean over texts (1 where both sides are empty);
+    per_class: {finding: {"f1", "precision", "recall", "support"}}; count: number of texts. None where undefined.
 """
 
 
@@ -61,22 +63,27 @@ def finding_f1(
     ]
     count = len(predictions)
 
-    # Classes and sets without any positive count 0 in micro and macro, as in the official code.
-    zero_counted = CellStatistic(*tables, classes, np.arange(count), count, official=True)
-    values = named_values(zero_counted)
-    counted = zero_counted if official else CellStatistic(*tables, classes, np.arange(count), count)
+    statistic = CellStatistic(*tables, classes, np.arange(count), count, official=official)
+    values = named_values(statistic)
+    absent = 0.0 if official else None
     return {
-        **{name: values[name] or 0.0 for name in ("micro_f1", "micro_precision", "micro_recall", "macro_f1")},
-        "example_f1": named_values(counted)["example_f1"],
+        **{
+            name: absent if values[name] is None else values[name]
+            for name in ("micro_f1", "micro_precision", "micro_recall", "macro_f1")
+        },
+        "example_f1": values["example_f1"],
         "per_class": {
-            name: {**{score: row[score] or 0.0 for score in ("f1", "precision", "recall")}, "support": row["support"]}
-            for name, row in zero_counted.class_rows().items()
+            name: {
+                **{score: absent if row[score] is None else row[score] for score in ("f1", "precision", "recall")},
+                "support": row["support"],
+            }
+            for name, row in statistic.class_rows().items()
         },
         "count": count,
     }
 
 
-class FindingF1(evaluate.Metric):
+class FindingF1(CheckedBatches, evaluate.Metric):
     """`evaluate` wrapper of `finding_f1`: takes texts and a labeller, or label items."""
 
     def _info(self) -> evaluate.MetricInfo:
@@ -105,7 +112,7 @@ class FindingF1(evaluate.Metric):
     def _labels(side: list, labeler: Callable[[str], Mapping[str, int]] | None) -> list[Mapping[str, int]]:
         if not all(isinstance(item, str) for item in side):
             return [{entry["finding"]: entry["value"] for entry in item} for item in side]
-        if labeler is None:
+        if labeler is None and side:
             raise ValueError(
                 "Texts were given without a labeller. Pass `labeler=`, a function from a text to {finding: 1/0/-1}, "
                 "or pass the labels themselves."

@@ -18,6 +18,7 @@ import numpy as np
 from evaluation.bootstrap import check_counts
 from evaluation.metrics.average_precision import PooledDetections, read_detections
 from evaluation.metrics.boxes import BoxTable, check_units, overlap
+from evaluation.metrics.checked_batches import CheckedBatches
 from evaluation.metrics.detection_map.detection_map import IOU_THRESHOLDS, REPORTED
 
 
@@ -235,7 +236,7 @@ def grounding_iou(
     return result | ({name: values[name] for name in ("map", *REPORTED)} if with_map else {})
 
 
-class GroundingIou(evaluate.Metric):
+class GroundingIou(CheckedBatches, evaluate.Metric):
     """`evaluate` wrapper of `grounding_iou`."""
 
     def _info(self) -> evaluate.MetricInfo:

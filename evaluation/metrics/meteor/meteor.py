@@ -35,6 +35,7 @@ import evaluate
 import numpy as np
 
 from evaluation.bootstrap import check_counts
+from evaluation.metrics.checked_batches import CheckedBatches
 from evaluation.metrics.text_preparation import (
     TextPairs,
     named_values,
@@ -491,7 +492,7 @@ def meteor_by_normality(
     return {name: result[name] for name in ("meteor_normal", "meteor_abnormal")}
 
 
-class Meteor(evaluate.Metric):
+class Meteor(CheckedBatches, evaluate.Metric):
     """`evaluate` wrapper of `meteor`."""
 
     def _info(self) -> evaluate.MetricInfo:

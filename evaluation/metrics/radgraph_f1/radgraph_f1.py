@@ -31,6 +31,7 @@ import numpy as np
 
 from evaluation.bootstrap import check_counts
 from evaluation.labelers.plugins import call_factory, import_attribute
+from evaluation.metrics.checked_batches import CheckedBatches
 from evaluation.metrics.text_preparation import named_values, ratio, unit_sums
 from evaluation.metrics.unavailable import MetricUnavailable
 from evaluation.metrics.units import check_units
@@ -293,7 +294,7 @@ def radgraph_f1(
     return {**named_values(statistic), "count": statistic.count, "dropped": statistic.dropped}
 
 
-class RadGraphF1(evaluate.Metric):
+class RadGraphF1(CheckedBatches, evaluate.Metric):
     """`evaluate` wrapper of `radgraph_f1`: takes texts and an annotator, or annotations as JSON texts."""
 
     def _info(self) -> evaluate.MetricInfo:

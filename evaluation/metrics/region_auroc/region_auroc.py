@@ -12,6 +12,7 @@ import datasets
 import evaluate
 import numpy as np
 
+from evaluation.metrics.checked_batches import CheckedBatches
 from evaluation.metrics.weighted_auroc import WeightedAuroc
 
 
@@ -50,6 +51,8 @@ class RegionAurocStatistic:
         scores = np.asarray(predictions)
         labels = np.asarray(references)
         mask = np.asarray(present, dtype=bool)
+        if not scores.size and not labels.size and not mask.size and scores.ndim == 1:  # no images, as an empty list
+            scores, labels, mask = np.zeros((0, 0, 0)), np.zeros((0, 0, 0)), mask.reshape(0, 0)
         if scores.ndim != 3 or labels.shape != scores.shape or mask.shape != scores.shape[:2]:
             raise ValueError(
                 f"Scores {scores.shape}, labels {labels.shape} and presence {mask.shape} do not fit together; they "
@@ -131,7 +134,7 @@ def region_auroc(predictions: np.ndarray, references: np.ndarray, present: np.nd
     }
 
 
-class RegionAuroc(evaluate.Metric):
+class RegionAuroc(CheckedBatches, evaluate.Metric):
     """`evaluate` wrapper of `region_auroc`."""
 
     def _info(self) -> evaluate.MetricInfo:

@@ -14,6 +14,7 @@ import datasets
 import evaluate
 import numpy as np
 
+from evaluation.metrics.checked_batches import CheckedBatches
 from evaluation.metrics.text_preparation import MeanStatistic, TextPairs, named_values, prepare_pairs
 
 
@@ -98,7 +99,7 @@ def rouge_l(
     return {**named_values(statistic), "count": len(pairs), "dropped": pairs.dropped}
 
 
-class RougeL(evaluate.Metric):
+class RougeL(CheckedBatches, evaluate.Metric):
     """`evaluate` wrapper of `rouge_l`."""
 
     def _info(self) -> evaluate.MetricInfo:
