@@ -23,6 +23,7 @@ from evaluation.bootstrap import DEFAULT_SEED
 from evaluation.inference import CHUNK_IMAGES, DataSource, Job, ModelSource, SplitData, plan_jobs, predict_split
 from evaluation.processes import Processes
 from evaluation.results import SCHEMA, code_digest, read_task, write_bootstrap, write_results, write_task
+from evaluation.results_view import headline
 from evaluation.scoring import Labelers, score_task
 from evaluation.tasks.base import EvaluationContext
 from evaluation.tasks.catalog import (
@@ -38,6 +39,7 @@ from evaluation.tasks.catalog import (
 )
 from evaluation.tasks.detection import Candidates, tune_detection
 from evaluation.tasks.grounding import tune_grounding
+from evaluation.tasks.records import class_positions
 from evaluation.tuning import (
     Settings,
     Tuning,
@@ -113,8 +115,10 @@ class Options:
         for name in ("batch_size", "chunk_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least 1.")
-        if self.resamples < 0:
-            raise ValueError(f"The number of resamples is {self.resamples}, but must not be negative.")
+        named = (("number of resamples", self.resamples), ("seed", self.seed), ("number of examples", self.examples))
+        for what, value in named:
+            if value < 0:
+                raise ValueError(f"The {what} is {value}, but must not be negative.")
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"Unknown preset {self.preset!r}. Known presets: {', '.join(PRESETS)}.")
 
@@ -349,6 +353,10 @@ def _plan(
                 tunable, split_of(name, VALIDATION), presets, model, folder, options.chunk_images
             )
         for task in of_data:
+            try:
+                class_positions(split_of(name, options.split).classes, jobs[task.name].classes)
+            except ValueError as error:
+                raise ValueError(f"{task.name} on {name}: {error}") from error
             run = _Run(task, split_of(name, options.split), jobs[task.name])
             if task in tunable:
                 if task.name in validation_jobs:
@@ -433,13 +441,14 @@ def _stored_results(runs: Sequence[_Run], model: ModelSource, output: Path, opti
 
 
 def _other_results(output: Path, done: set[str], model: ModelSource, options: Options) -> dict[str, dict]:
-    """Results of tasks that were not asked for now, of the same model and bootstrap."""
+    """Results of tasks that were not asked for now, of the same model, split and bootstrap."""
     found = {}
     for path in sorted((output / "tasks").glob("*.json")):
         if path.stem in done or (stored := read_task(output, path.stem)) is None:
             continue
         wanted = {"model": model.sha256, "resamples": options.resamples, "seed": options.seed, "code": code_digest()}
-        if all(stored["key"].get(name) == value for name, value in wanted.items()):
+        same_split = stored["result"].get("split") == options.split
+        if same_split and all(stored["key"].get(name) == value for name, value in wanted.items()):
             found[path.stem] = stored
     return found
 
@@ -559,10 +568,12 @@ def _describe(split: SplitData) -> dict[str, Any]:
 
 
 def _headline(task: Task, result: Mapping[str, Any]) -> str:
-    entry = result["metrics"].get(task.headline)
+    metric = headline(task.name, result)
+    entry = result["metrics"].get(metric)
     if entry is None:
-        return f"{task.headline} not computed"
-    return f"{task.headline} " + ("undefined" if entry["value"] is None else f"{entry['value']:.3f}")
+        reason = result["not_computed"].get(metric)
+        return f"{metric} not computed" + (f": {reason}" if reason else "")
+    return f"{metric} " + ("undefined" if entry["value"] is None else f"{entry['value']:.3f}")
 
 
 def versions() -> dict[str, str]:

@@ -61,6 +61,8 @@ class ModelSource:
         self.folder = Path(folder) if folder is not None else None
         self._model, self._processor = model, processor
         self.device, self.dtype = device, dtype
+        if isinstance(device, str):
+            _check_device(device)
         if self.folder is not None and not (self.folder / "config.json").is_file():
             reason = "has no config.json" if self.folder.is_dir() else "is not a folder"
             raise ValueError(
@@ -146,6 +148,14 @@ class ModelSource:
     @property
     def name(self) -> str:
         return self.folder.resolve().name if self.folder is not None else type(self._model).__name__
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # PyTorch has no error of its own for this
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"There is no device {name!r} here, such as cpu, cuda or cuda:1: {reason}") from error
 
 
 def open_data(folder: str | Path) -> datasets.DatasetDict:

@@ -18,6 +18,7 @@ from typing import Any
 
 from evaluation.command_line import add_option
 from evaluation.results import RESULTS
+from evaluation.results_view import headline
 from evaluation.tasks.catalog import DATA_SETS, GROUPS, PRESETS, TASKS, check_metrics, find_tasks, nearest
 
 
@@ -186,16 +187,17 @@ def format_results(results: Mapping[str, Any]) -> str:
     """A line for each task: its headline metric with interval, and what is not computed."""
     rows = [("task", "metric", "value", "95 % interval", "mean ± std", "images")]
     for name, task in results["tasks"].items():
-        metric = task["headline"]
+        metric = headline(name, task)
         entry = task["metrics"].get(metric)
         label = f"{name} (twin)" if task["twin"] else name
         if entry is None:
             rows.append((label, metric, "not computed", "", "", f"{task['images']:,}"))
             continue
         value, low, high, mean, std = (
-            "-" if entry.get(key) is None else f"{entry[key]:.3f}" for key in ("value", "low", "high", "mean", "std")
+            "" if entry.get(key) is None else f"{entry[key]:.3f}" for key in ("value", "low", "high", "mean", "std")
         )
-        rows.append((label, metric, value, f"{low} to {high}", f"{mean} ± {std}", f"{task['images']:,}"))
+        interval, spread = (f"{low} to {high}", f"{mean} ± {std}") if low else ("", "")
+        rows.append((label, metric, value or "undefined", interval, spread, f"{task['images']:,}"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

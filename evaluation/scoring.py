@@ -60,6 +60,7 @@ class Scored:
         curves: As in results.
         image_scores: (N,) which images to show as failures; NaN for none.
         example: Number of an image -> what is shown of it.
+        absent: Metric -> why these data or this labeller do not have it; told only where the metric was named.
     """
 
     units: int
@@ -72,6 +73,7 @@ class Scored:
     image_scores: np.ndarray | None = None
     example: Callable[[int], Example] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -232,15 +234,16 @@ def score_task(
     scored = _SCORERS[task.kind](inputs)
     values, raw = _bootstrap(scored, wanted, resamples, seed)
     shown = []
-    if examples and scored.example is not None and output is not None:
+    if examples and scored.example is not None and scored.image_scores is not None and output is not None:
         shown = make_examples(
             split, scored.image_scores, scored.example, examples, seed, output, processor.image_processor
         )
-    undefined = [row["name"] for row in scored.per_class if row.get("positives") == 0]
-    if undefined:
-        scored.notes.append(
-            f"Without positives in this split, so undefined and left out of means: {', '.join(undefined)}."
-        )
+    scored.notes += _class_notes(scored.per_class)
+    if metrics is not None:  # who names a metric is told why it is missing
+        for name in wanted:
+            if name not in values:
+                reason = scored.absent.get(name, "these data have nothing to measure it on")
+                scored.not_computed.setdefault(name, reason)
     result = {
         "units": scored.units,
         "unit": scored.unit,
@@ -282,6 +285,22 @@ def _bootstrap(
     order = [name for name in wanted if name in found]
     raw = np.stack([found[name][1] for name in order], axis=1) if order and resamples else None
     return {name: found[name][0] for name in order}, raw
+
+
+def _class_notes(per_class: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Notes that name the classes without a value, and those that are stated but never right."""
+    groups: dict[str, list[str]] = {}
+    for row in per_class:
+        undefined = all(value is None for key, value in row.items() if key not in ("name", "positives"))
+        if undefined:
+            lacking = "negatives" if row["positives"] else "positives"
+            reason = f"Without {lacking} in this split, so undefined and left out of means"
+        elif not row["positives"]:
+            reason = "In no reference, but in generated texts, so 0 in means"
+        else:
+            continue
+        groups.setdefault(reason, []).append(row["name"])
+    return [f"{reason}: {', '.join(names)}." for reason, names in groups.items()]
 
 
 def _number(value: float | None) -> float | None:
@@ -621,11 +640,13 @@ def _score_findings(inputs: Inputs, scored: Scored, texts: Texts) -> np.ndarray 
     spec = inputs.labeler or ""
     labeler, reason = inputs.labelers.get(spec)
     if labeler is None:
-        chexpert = spec.startswith("chexbert")
-        scored.not_computed |= {name: reason for name in wanted if name.endswith(("_14", "_5")) == chexpert}
+        own = [name for name in FINDING_METRICS if name.endswith(("_14", "_5")) == spec.startswith("chexbert")]
+        scored.not_computed |= {name: reason for name in wanted if name in own}
+        scored.absent |= _other_classes(spec, own)
         return None
     arguments = (texts.generated, texts.references, labeler, texts.owners, inputs.images)
     statistic = ClinicalF1Statistic.from_texts(*arguments)
+    scored.absent |= _other_classes(spec, [name for name in FINDING_METRICS if name in statistic.names])
     names = {name: name for name in wanted if name in statistic.names}
     scored.parts.append(Part(statistic, names, ClinicalF1Statistic.from_texts(*arguments, official=True)))
     for suffix, part in statistic.parts.items():
@@ -635,6 +656,12 @@ def _score_findings(inputs: Inputs, scored: Scored, texts: Texts) -> np.ndarray 
                 for name, row in part.class_rows().items()
             ]
     return statistic.pair_f1
+
+
+def _other_classes(labeler: str, own: Sequence[str]) -> dict[str, str]:
+    """Finding metric that a labeller does not have -> why."""
+    reason = f"the labeller {labeler} has other classes, so that its metrics are {', '.join(own)}"
+    return dict.fromkeys(set(FINDING_METRICS) - set(own), reason)
 
 
 def _score_language(inputs: Inputs, scored: Scored, texts: Texts) -> None:

@@ -1,10 +1,12 @@
 """Targets, post-processing, baselines, and whole evaluations in memory with an oracle and with a tiny random model."""
 
 import json
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
+import torch
 
 from evaluation.baselines import (
     constant_auroc,
@@ -18,6 +20,7 @@ from evaluation.demo import HEADLINES, format_table, headline_metrics
 from evaluation.engine import NothingToRun, Options, evaluate_model
 from evaluation.files import write_text
 from evaluation.inference import open_data
+from evaluation.tasks.base import Batch
 from evaluation.tasks.catalog import METRICS, PAPER_TASKS
 from evaluation.tasks.detection import Candidates, DetectionSettings, keep_after_nms, post_process, scale_boxes
 from evaluation.tasks.examples import choose_examples, explain_examples
@@ -306,6 +309,15 @@ def test_headline_numbers_of_the_demo(data, tiny):
     lines = format_table(metrics).splitlines()
     assert len(lines) == 7
     assert "baseline" in lines[0]
+
+
+def test_images_without_boxes_are_on_the_device_of_the_model():
+    context = SimpleNamespace(
+        device=torch.device("meta"), model=SimpleNamespace(config=SimpleNamespace(projection_dim=5))
+    )
+    targets = [SimpleNamespace(object_boxes=np.zeros((0, 4)))] * 2
+    features, mask = Batch(context, None, targets).object_features()
+    assert (features.device.type, features.shape, mask.shape) == ("meta", (2, 0, 5), (2, 0))
 
 
 def test_limit_and_free_tasks(data, tiny):

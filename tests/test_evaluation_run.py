@@ -597,6 +597,11 @@ def test_tasks_without_their_data_are_left_out_with_what_they_need(workspace, tm
         (["--metrics", "wauroc1"], r"Unknown metric 'wauroc1'. Did you mean 'wauroc'\?"),
         (["--split", "holdout"], "The split 'holdout' of phantom is not there; it has the splits: train"),
         (["--limit", "0"], "`limit` is 0"),
+        (["--seed", "-3"], "The seed is -3, but must not be negative"),
+        (["--bootstrap", "-1"], "The number of resamples is -1, but must not be negative"),
+        (["--examples", "-1"], "The number of examples is -1, but must not be negative"),
+        (["--device", "gpu"], "There is no device 'gpu' here, such as cpu, cuda or cuda:1: "),
+        (["--device", "cuda:99"], "There is no device 'cuda:99' here"),
         (["--batch-size", "0"], "`batch_size` is 0"),
         (["--data", "phantm=."], r"unknown data set 'phantm'. Did you mean 'phantom'\?"),
         (["--data", "ms-cxr=nowhere"], "nowhere is not a folder. 'chex data prepare ms-cxr' makes one"),
@@ -636,6 +641,29 @@ def test_what_reads_texts_is_checked_before_any_prediction(workspace, tmp_path, 
     assert run_main(*arguments_of(workspace, tmp_path / "out", *more, tasks=["sg_mscxr", "rg_mimic"])) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+def test_classes_of_other_data_are_noticed_before_any_prediction(workspace, tmp_path, capsys):
+    arguments = ["--model", workspace / "model", "--output", tmp_path / "out", "--tasks", "od_mscxr", "--no-progress"]
+    assert run_main(*arguments, "--data", f"ms-cxr={workspace / 'phantom'}") == 2
+    assert "od_mscxr on ms-cxr: The data have no class 'Lung Opacity', " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_computed_is_said_with_its_reason(workspace, tmp_path, capsys):
+    arguments = arguments_of(workspace, tmp_path, "--metrics", "micro_f1_14", "bleu1", tasks=["re_mscxr"])
+    assert run_main(*arguments, "--limit", "2") == 0
+    text = capsys.readouterr().out
+    assert re.search(r"re_mscxr \(twin\) +bleu1 +0\.\d+ ", text)  # not the headline, which was not asked for
+    assert run_main(*arguments, "--limit", "2", "--metrics", "micro_f1_14") == 0
+    assert "re_mscxr: micro_f1_14 not computed: the labeller phantom has other classes" in capsys.readouterr().out
+
+
+def test_other_splits_are_not_mixed_in(workspace, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    arguments = arguments_of(workspace, tmp_path / "out", "--split", "validation", tasks=["rc_mscxr"])
+    assert run_main(*arguments) == 0
+    assert list(read_results(tmp_path / "out")["tasks"]) == ["rc_mscxr"]
 
 
 def test_folders_of_other_models_are_none(workspace, tmp_path, capsys):

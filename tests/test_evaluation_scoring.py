@@ -1,6 +1,7 @@
 """From stored predictions and targets to results: hand-made cases against independent packages, METEOR's program."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -359,6 +360,50 @@ def test_reports_without_a_reference_do_not_count(tmp_path, labelers):
     )
     check_texts(result, generated, references, np.array(used))
     assert result["per_class"][CHEXPERT_CLASSES.index("No Finding")]["positives"] == 0
+
+
+def written(tmp_path, generated, references, **options):
+    """The result of reports of one sentence each."""
+    count = len(generated)
+    arrays = {"query": np.zeros(count, int), "kept": np.ones(count, bool)}
+    arrays |= {"boxes": np.zeros((count, 1, 4)), "weights": np.zeros((count, 1))}
+    targets = [targets_of(number, sentences=[text] if text else []) for number, text in enumerate(references)]
+    return score(
+        *(tmp_path, "rg_mimic", targets, arrays),
+        texts={"generated": list(generated)},
+        ragged=tuple(arrays),
+        counts=np.ones(count, int),
+        labeler="names",
+        **options,
+    )
+
+
+def test_no_reference_at_all_is_no_error(tmp_path, labelers):
+    result = written(tmp_path, ["Edema."], [""], labelers=labelers, examples=2, output=tmp_path)
+    assert result["metrics"] == {} and result["examples"] == []
+    assert result["not_computed"]["bleu1"] == result["not_computed"]["micro_f1_14"] == "there are no reference texts"
+
+
+def test_metrics_of_another_labeller_say_so_where_they_are_named(tmp_path, labelers):
+    result = written(tmp_path, ["Edema."], ["Edema."], labelers=labelers, metrics=("micro_f1", "micro_f1_14"))
+    assert set(result["metrics"]) == {"micro_f1_14"}
+    assert re.match("the labeller names has other classes, so .* micro_f1_14,", result["not_computed"]["micro_f1"])
+    assert "micro_f1" not in written(tmp_path / "all", ["Edema."], ["Edema."], labelers=labelers)["not_computed"]
+
+
+def test_notes_tell_undefined_classes_from_wrong_ones(tmp_path, labelers):
+    result = written(tmp_path, ["Edema. Fracture."], ["Edema."], labelers=labelers, metrics=("macro_f1_14",))
+    wrong, undefined = sorted(note for note in result["notes"] if ":" in note)
+    assert wrong == "In no reference, but in generated texts, so 0 in means: Fracture."
+    assert undefined.startswith("Without positives in this split, so undefined and left out of means: Enlarged")
+    assert "Edema" not in undefined and "Fracture" not in undefined
+    assert result["metrics"]["macro_f1_14"]["value"] == 0.5
+    # Every box is of the class "a", which so has nothing to be told apart from.
+    targets = [targets_of(0, object_boxes=np.array([[0, 0, 0.5, 0.5]]))]
+    options = {"counts": np.array([1]), "ragged": ("margins",)}
+    result = score(tmp_path, "rc_mscxr", targets, {"margins": np.zeros((1, 2))}, **options)
+    assert "Without negatives in this split, so undefined and left out of means: a." in result["notes"]
+    assert "Without positives in this split, so undefined and left out of means: b." in result["notes"]
 
 
 def check_texts(result, generated, references, owners):

@@ -146,14 +146,15 @@ class Batch:
             for row, target in zip(boxes, self.targets, strict=True):
                 row[: len(target.object_boxes)] = target.object_boxes
             dimension = self.context.model.config.projection_dim
-            features = self.encode(boxes, mask) if width else torch.zeros(len(counts), 0, dimension)
+            nothing = torch.zeros(len(counts), 0, dimension, device=self.context.device)
+            features = self.encode(boxes, mask) if width else nothing
             self._objects = (features, mask)
         return self._objects
 
 
 def corners(boxes: torch.Tensor) -> np.ndarray:
     """cxcywh (..., 4) -> xyxy clipped to the unit square, float64 numpy."""
-    boxes = boxes.detach().double().cpu().numpy()
+    boxes = boxes.detach().cpu().double().numpy()  # not every device has double precision
     half = boxes[..., 2:] / 2
     return np.concatenate([boxes[..., :2] - half, boxes[..., :2] + half], axis=-1).clip(0.0, 1.0)
 

@@ -25,7 +25,7 @@ def numbers(tensor: torch.Tensor) -> np.ndarray:
 
 def logits(probability: torch.Tensor) -> np.ndarray:
     """Undo the sigmoid of `ChexModel.classify`: differences of cosines, float32."""
-    return probability.detach().double().logit(eps=1e-9).float().cpu().numpy()
+    return probability.detach().cpu().double().logit(eps=1e-9).float().numpy()  # not every device has doubles
 
 
 class Procedure:
