@@ -83,7 +83,7 @@ class ReportSentence:
         kind: "finding" or "region".
         score: of the query as a whole.
         abnormality: probability that the query shows something abnormal.
-        box: around everything that was found, None if nothing is present.
+        box: around everything that the model considered, None if nothing is present.
         regions: the regions above the threshold without duplicates, best first.
         candidates: all regions of the query with their scores, best first.
     """

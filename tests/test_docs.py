@@ -81,14 +81,6 @@ SMALLER = [
 ]  # fmt: skip
 # What a block takes for granted: (page, a part of it) -> code
 PRELUDE = {
-    ("docs/evaluation.md", "evaluate_model"): """
-from modeling_chex import ChexModel
-from processing_chex import ChexProcessor
-from training.data.prepared import open_prepared
-model = ChexModel.from_pretrained("runs/demo/model")
-processor = ChexProcessor.from_pretrained("runs/demo/model")
-data = open_prepared("prepared/mine")
-""",
     ("docs/metrics.md", "paired_difference"): """
 predictions = [{"boxes": [[0, 0, 2, 2]], "scores": [0.9], "labels": [0]}]
 other_predictions = [{"boxes": [[0, 0, 2, 1]], "scores": [0.8], "labels": [0]}]
