@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from processing_chex.vocabulary import ANATOMY_NAMES
 from training.data.preparation import PhantomSource
 from training.data.prepared import DATA_FOLDER, PreparedInfo
 
@@ -51,14 +52,19 @@ Images are grey {info.image_format}, at most {info.size} pixels on the shorter s
 
 - `image`; `height`, `width`: size that the boxes refer to; `view`: PA or AP.
 - `sentences`: the report, one sentence each.
-- `anatomy_boxes` (29 boxes, x0, y0, x1, y1 in pixels), `anatomy_present`, `anatomy_labels` (findings of each region),
-  `anatomy_sentences`.
-- `objects`: `bbox`, `category` and `phrase` of each finding. `class_labels`: of the whole image.
+- `anatomy_boxes`: x0, y0, x1, y1 in pixels of each region, in the order below; zeros where `anatomy_present` is false.
+  `anatomy_labels` (1 or 0 for each finding) and `anatomy_sentences` of each region.
+- `objects`: `bbox`, `category` and `phrase` of each finding. `class_labels`: 1 or 0 for each finding,
+  of the whole image.
 - `sample_id`, `subject_id`, `study_id`, `image_id`: running numbers.
 
 Findings: {", ".join(info.classes)}.
 
+Regions: {", ".join(ANATOMY_NAMES)}.
+
 ## How it was made
+
+With `chex-transformers`, an implementation of [ChEX](https://arxiv.org/abs/2404.15770):
 
 ```bash
 chex data prepare phantom --out phantom --size {info.size} --image-format {info.image_format.lower()} \\

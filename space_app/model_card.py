@@ -136,6 +136,7 @@ accelerate launch training/pretrain_generator.py init_from=THIS_FOLDER
 {SAFETY}{CITATION}"""
 
 
+MIN_TRANSFORMERS = "5.20"  # as in setup.cfg
 MARK = "<!-- Written by `chex push`; a card without this line is left as it is. -->"
 TAGS = ("chex", "chest-x-ray", "radiology", "medical-imaging", "grounding", "report-generation", "custom_code")
 # Kinds of tasks (evaluation.md) as the Hub's task types, and metrics as people call them.
@@ -156,10 +157,11 @@ METRIC_NAMES = {
     "map50": "mAP at IoU 0.5",
     "coco_map": "mAP (COCO)",
     "miou": "mIoU",
-    "best_iou": "IoU of the best box",
-    "iou_at_30": "share of phrases with IoU above 0.3",
-    "macro_iou": "mIoU, mean of classes",
+    "best_iou": "IoU at the best score threshold",
+    "iou_at_30": "IoU of boxes that score above 0.3",
+    "macro_iou": "mIoU, mean of phrases",
     "auroc": "AUROC",
+    "accuracy": "accuracy, mean of classes",
     "wauroc": "weighted AUROC",
     "macro_auroc": "AUROC, mean of classes",
     "mcc": "Matthews correlation",
@@ -168,8 +170,18 @@ METRIC_NAMES = {
     "example_f1": "example-based F1",
     "micro_precision": "micro precision",
     "micro_recall": "micro recall",
+    "micro_f1_14": "micro F1, 14 findings",
+    "macro_f1_14": "macro F1, 14 findings",
+    "micro_f1_5": "micro F1, 5 findings",
+    "macro_f1_5": "macro F1, 5 findings",
+    "example_f1_14": "example-based F1, 14 findings",
+    "micro_precision_14": "micro precision, 14 findings",
+    "micro_recall_14": "micro recall, 14 findings",
     "rouge_l": "ROUGE-L",
     "meteor": "METEOR",
+    "meteor_normal": "METEOR, normal regions",
+    "meteor_abnormal": "METEOR, abnormal regions",
+    "meteor_ratio": "METEOR of own over other regions",
     "cider": "CIDEr",
     "radgraph_f1": "RadGraph F1",
     **{f"bleu{order}": f"BLEU-{order}" for order in range(1, 5)},
@@ -381,7 +393,8 @@ def _usage(facts: ModelFacts, repo: str) -> str:
             "\n\n`attention_mode` is `legacy`: the answer to one prompt depends on the other prompts of the call, as "
             "in the official code."
         )
-    return f"""The repository brings its code along; read it before you trust it. `pydicom` is needed for DICOM alone.
+    return f"""The repository brings its code along; read it before you trust it.
+Transformers {MIN_TRANSFORMERS} or newer and Pillow are needed, and `pydicom` for DICOM.
 
 ```python
 from transformers import pipeline
@@ -438,7 +451,7 @@ def _code(text: str) -> str:
 
 def _run_row(run: Run) -> str:
     names = [DATA_TERMS[name].title if name in DATA_TERMS else "data that are not known" for name in run.data_sets]
-    data = ", ".join(names) + (f" ({run.images:,} images)" if run.images else "")
+    data = ", ".join(names) + (f": {run.images:,} images" if run.images else "")
     settings = ", ".join(f"{name} {value}" for name, value in run.settings.items())
     hours = "" if run.seconds is None else f"{run.seconds / 3600:.2f}"
     steps = "" if run.steps is None else f"{run.steps:,}"

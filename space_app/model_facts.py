@@ -101,7 +101,7 @@ DATA_TERMS = {
             "phantom",
             "the phantom (synthetic radiographs)",
             None,
-            "none needed: drawn by a program",
+            "no licence needed, as a program draws it",
             True,
             "nobody: the images are drawn",
         ),

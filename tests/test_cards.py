@@ -12,7 +12,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from processing_chex.errors import ChexInputError
 from space_app.dataset_card import dataset_card, size_category
 from space_app.hub import check_card, collect_dataset
-from space_app.model_card import METRIC_NAMES, _without_paths, model_card, official_card
+from space_app.model_card import METRIC_NAMES, MIN_TRANSFORMERS, _without_paths, model_card, official_card
 from space_app.model_facts import count_parameters, model_sha256, read_facts
 from space_app.space_card import space_card
 
@@ -131,7 +131,7 @@ def test_card_tells_what_was_measured(runs, monkeypatch, tmp_path):
     assert "| mAP | 0.5000 | 0.4000 to 0.6250 |" in text and "| mAP at IoU 0.5 | undefined |" in text
     assert "| METEOR | undefined |" in text and "not comparable with it" in text
     assert "RadGraph F1 was not computed: needs radgraph.pt, which is absent." in text
-    assert "| stage3 | the phantom (synthetic radiographs) (1,234 images) | 70 | 2.00 |" in text
+    assert "| stage3 | the phantom (synthetic radiographs): 1,234 images | 70 | 2.00 |" in text
     assert "/home/" not in text and str(runs) not in text
     for heading in ("How to use", "Intended use", "Out of scope", "Training", "Evaluation", "Limitations", "Ethics"):
         assert f"\n## {heading}\n" in text
@@ -263,8 +263,14 @@ def test_paths_of_the_machine_are_cut(text, expected):
 def test_metrics_have_names():
     from evaluation.tasks.catalog import METRICS
 
-    fraction_names = {name for names in METRICS.values() for name in names}
-    assert {"map", "miou", "wauroc", "micro_f1", "bleu4", "cider"} <= fraction_names & set(METRIC_NAMES)
+    assert {name for names in METRICS.values() for name in names} <= set(METRIC_NAMES)
+    # Thresholds of grounding are scores, not overlaps, and its means are over phrases (docs/metrics.md).
+    assert "score" in METRIC_NAMES["iou_at_30"] and "score" in METRIC_NAMES["best_iou"]
+    assert "phrases" in METRIC_NAMES["macro_iou"]
+
+
+def test_version_of_transformers_is_that_of_the_package():
+    assert f"transformers>={MIN_TRANSFORMERS}\n" in (ROOT / "setup.cfg").read_text(encoding="utf-8")
 
 
 # The phantom and the Space
