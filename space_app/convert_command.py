@@ -44,7 +44,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model fo
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
 
 
-@convert_app.command("official")
+@convert_app.command("official", short_help="A checkpoint of the official ChEX.")
 def official(
     source: Annotated[
         Path,
@@ -98,7 +98,7 @@ def official(
             typer.echo(f"Next: chex explain scan.png --model {output}")
 
 
-@convert_app.command("chexzero")
+@convert_app.command("chexzero", short_help="The encoders of CheXzero, to train ChEX from.")
 def chexzero(
     source: Annotated[
         Path,
@@ -129,7 +129,7 @@ def chexzero(
         typer.echo(f"Next: accelerate launch training/stage1.py init_from={output}")
 
 
-@convert_app.command("chexbert")
+@convert_app.command("chexbert", short_help="CheXbert, which reads findings in reports.")
 def chexbert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="The published chexbert.pth.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],

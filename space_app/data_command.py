@@ -80,7 +80,7 @@ def _sigterm_as_interrupt() -> Generator[None, None, None]:
         signal.signal(signal.SIGTERM, before)
 
 
-@data_app.command("prepare")
+@data_app.command("prepare", short_help="Turn raw downloads into small images and records.")
 def prepare_command(
     name: Name,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the prepared data.")],
@@ -132,7 +132,7 @@ def prepare_command(
         typer.echo(f"Next: chex data inspect {out} --sheet sheet.png")
 
 
-@data_app.command("inspect")
+@data_app.command("inspect", short_help="Show counts and pictures of a data set.")
 def inspect_command(
     target: Annotated[str, typer.Argument(metavar="NAME|DIR", help="Prepared folder, or data set to look at raw.")],
     raw: Raw = None,
@@ -189,7 +189,7 @@ def inspect_command(
             typer.echo(f"Wrote {len(records)} images to {sheet}.", err=as_json)
 
 
-@data_app.command("check")
+@data_app.command("check", short_help="Look whether a raw download is complete.")
 def check_command(
     name: Name,
     raw: Raw = None,
@@ -218,7 +218,7 @@ def check_command(
             raise typer.Exit(INPUT_ERROR)
 
 
-@data_app.command("download")
+@data_app.command("download", short_help="Fetch the files of a data set.")
 def download_command(
     name: Name,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the raw files.")],
@@ -241,7 +241,7 @@ def download_command(
         typer.echo(str(download(name, out, subset=subset or None, limit=limit, images=images, workers=workers)))
 
 
-@data_app.command("list")
+@data_app.command("list", short_help="Data sets, their raw downloads and options.")
 def list_command(debug: Debug = False) -> None:
     """Data sets, the raw downloads that they need, and their options."""
     with reported("list", debug):

@@ -139,7 +139,8 @@ class _Panel:
             if not answer.regions:
                 self._write("not found", _font(15), MUTED, 20, indent=36)
             if answer.sentence:
-                self._write(answer.sentence, _font(16), TEXT if answer.regions else MUTED, 21, indent=36)
+                sentence = answer.sentence if answer.regions else f"({answer.sentence})"  # answers nothing
+                self._write(sentence, _font(16), TEXT if answer.regions else MUTED, 21, indent=36)
             self.y += 14
         self._write(DISCLAIMER, _font(14), MUTED, 18)
         self.height = self.y

@@ -18,7 +18,7 @@ from modeling_chex.pipeline_chex import Answer, Explanation, Region
 from processing_chex import ChexImageProcessor, ChexProcessor
 from space_app.cli import app
 from space_app.explain import ChexExplainer, default_prompts, load_model
-from space_app.figure import draw_figure
+from space_app.figure import _Panel, draw_figure
 from training.build_tokenizers import build_tokenizers
 
 from .image_factory import gradient, pydicom_sample, save_dicom, save_image
@@ -341,6 +341,18 @@ def test_process_with_good_and_bad_files(model_folder, png, tmp_path):
     assert process.returncode == 2
     assert len(json.loads(process.stdout)["images"]) == 1
     assert_is_one_paragraph(process.stderr)
+
+
+def test_a_sentence_of_what_was_not_found_stands_in_brackets():
+    absent = Answer("Edema", "prompt", 0.1, False, None, (), "Mild edema.")
+    texts = [text for _, _, text, *_ in _Panel(Explanation("scan.png", 9, 9, (0, 0, 9, 9), (absent,))).items]
+    assert "(Mild edema.)" in texts and "Mild edema." not in texts
+
+
+@pytest.mark.parametrize("command", [[], ["data"], ["convert"]])
+def test_lists_of_commands_are_not_cut(command):
+    shown = CliRunner().invoke(app, [*command, "--help"]).stdout
+    assert "..." not in shown.split("Commands:")[1]
 
 
 def test_help_is_quick():

@@ -2,7 +2,7 @@
 Fine-tuning: a model of any stage learns from other data. Unlike stages 1 to 3 it keeps all parts of the model, and
 trains those that `trainable` names. Losses that the data cannot teach are off. See docs/finetune.md.
 
-    accelerate launch training/finetune.py init_from=runs/demo/model output_dir=runs/mine \
+    accelerate launch training/finetune.py init_from=runs/demo/model output_dir=runs/mine \\
         'data.subsets=[{folder: prepared/mydata}]' 'trainable=[detector]'
 """
 

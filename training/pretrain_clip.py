@@ -2,7 +2,7 @@
 Contrastive pre-training of the prompt encoder and the image encoder from scratch, on radiographs and their reports. It
 stands in for CheXzero's weights, from which the published model starts.
 
-    accelerate launch training/pretrain_clip.py --config training/configs/phantom/pretrain_clip.yaml \
+    accelerate launch training/pretrain_clip.py --config training/configs/phantom/pretrain_clip.yaml \\
         output_dir=runs/clip
 """
 

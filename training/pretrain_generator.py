@@ -2,7 +2,7 @@
 Generator pre-training: the sentence generator learns to write a sentence from the feature that the frozen prompt
 encoder gives to it. With `generator_init` it starts from a GPT-2 and its tokenizer, otherwise from random weights.
 
-    accelerate launch training/pretrain_generator.py --config training/configs/phantom/pretrain_generator.yaml \
+    accelerate launch training/pretrain_generator.py --config training/configs/phantom/pretrain_generator.yaml \\
         output_dir=runs/generator init_from=runs/clip/model
 """
 

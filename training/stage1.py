@@ -2,7 +2,7 @@
 Stage 1: image encoder and prompt detector learn to locate and classify what sentences, anatomy names and pathology
 names ask for.
 
-    accelerate launch training/stage1.py --config training/configs/phantom/stage1.yaml output_dir=runs/stage1 \
+    accelerate launch training/stage1.py --config training/configs/phantom/stage1.yaml output_dir=runs/stage1 \\
         init_from=runs/clip/model
 """
 

@@ -1,7 +1,7 @@
 """
 Stage 2: the post decoder learns to refine region features while everything else stays frozen.
 
-    accelerate launch training/stage2.py --config training/configs/phantom/stage2.yaml output_dir=runs/stage2 \
+    accelerate launch training/stage2.py --config training/configs/phantom/stage2.yaml output_dir=runs/stage2 \\
         init_from=runs/stage1/model
 """
 

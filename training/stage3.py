@@ -1,7 +1,7 @@
 """
 Stage 3: sentence generator and post decoder learn to describe regions.
 
-    accelerate launch training/stage3.py --config training/configs/phantom/stage3.yaml output_dir=runs/stage3 \
+    accelerate launch training/stage3.py --config training/configs/phantom/stage3.yaml output_dir=runs/stage3 \\
         init_from=runs/stage2/model generator_from=runs/generator/model
 """
 
