@@ -45,6 +45,7 @@ CONTENTS: dict[str, list[tuple[str, tuple[str, ...] | None]]] = {
             ),
         ),
         ("space_app.figure", ("draw_figure", "save_figure")),
+        ("space_app.dicom_sr", ("write_structured_report",)),
     ],
     "Model": [
         ("modeling_chex.modeling_chex", ("ChexModel",)),
@@ -71,6 +72,7 @@ CONTENTS: dict[str, list[tuple[str, tuple[str, ...] | None]]] = {
         ("training.data.own_data", ("OwnData", "OwnConfig")),
         ("training.data.phantom", ("render_phantom", "PhantomSample", "PhantomObject", "phantom_datasets")),
         ("training.data.report_text", None),
+        ("training.collate", ("RecordStream",)),
     ],
     "Training": [
         (
