@@ -30,6 +30,7 @@ from training.objectives import (
     giou_cost,
     global_contrastive_loss,
     l1_cost,
+    padded_length,
     pathology_classification_loss,
     pathology_detection_loss,
     pathology_objective,
@@ -1284,6 +1285,32 @@ def test_processes_agree_with_one_process(which):
     inputs = {"inputs": inputs} if which == 3 else inputs
     for name, expected in FUNCTIONS[which](**inputs, **options, **generator).items():
         assert_close((results[0][name] + results[1][name]) / 2, expected, 1e-6)
+
+
+@pytest.mark.parametrize("mode", ["corrected", "official"])
+@pytest.mark.parametrize("second", [[3, 2], [0]], ids=["uneven", "no text"])
+def test_texts_of_processes_agree_with_one_process(mode, second):
+    """Officially the padding of both counts, up to the longest text of either."""
+    lengths = ([6, 4, 1], second)
+    g = torch.Generator().manual_seed(2)
+    logits = torch.randn(3 + len(second), 6, 9, generator=g)
+    ids = torch.randint(0, 9, (3 + len(second), 6), generator=g)
+    mask = torch.arange(6) < torch.tensor([*lengths[0], *second])[:, None]
+    group, results = Processes(2), [None, None]
+
+    def run(rank: int):
+        own, collectives = slice(0, 3) if rank == 0 else slice(3, None), group.collectives(rank)
+        longest = padded_length(torch.tensor([length for length in lengths[rank] if length]), collectives)
+        loss = generation_loss(logits[own], ids[own], mask[own], mode, collectives)
+        results[rank] = longest, loss
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [longest for longest, _ in results] == [6, 6]
+    assert_close((results[0][1] + results[1][1]) / 2, generation_loss(logits, ids, mask, mode), 1e-6)
 
 
 @pytest.mark.parametrize("objective_mode", ["corrected", "official"])

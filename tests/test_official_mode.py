@@ -15,6 +15,7 @@ from processing_chex.prompt_sets import prompts_for_classes
 from processing_chex.vocabulary import MULTI_ANATOMY_MEMBERS, PHANTOM_CLASSES
 from tests.conftest import GOLDEN_DIR
 from tests.test_cli import save_tiny_model
+from tests.test_objectives import NAIVE
 from training import pretrain_clip, stage1
 from training.collate import RecordDataset, TextTable
 from training.configuration import AugmentationConfig, ObjectiveConfig, OptimizationConfig, StageConfig
@@ -234,6 +235,76 @@ def test_validation_draws_nothing(setting, monkeypatch, mode):
     drop = setting.model.config.post_decoder_config.region_drop
     kept = image_draws(setting.batch.index, (sentences, regions), 0, REGION_DROP["sentences"]) >= drop
     assert drop > 0 and torch.equal(given["region_keep_mask"][:, :sentences], kept)
+
+
+def test_terms_are_those_of_the_answers_and_annotations(setting, monkeypatch):
+    """
+    From what the model answers to all queries and what is annotated, by plain loops: each term gets its own. The
+    generator's losses are those of the recordings above.
+    """
+    names = [*WEIGHTS.active() - {"sentence_generation"}, "global_contrastive", "sentence_mse", "anatomy_mse"]
+    names += ["anatomy_classification"]
+    weights = ObjectiveWeights(**dict.fromkeys(names, 1.0))
+    supervision, batch = supervise(setting, "corrected", weights=weights).eval(), setting.batch
+    answers, answer = {}, supervision._answer
+
+    def keep(model, image_features, *args):
+        answers.update(answer(model, image_features, *args), patches=image_features.patch_features)
+        return answers
+
+    monkeypatch.setattr(supervision, "_answer", keep)
+    with torch.no_grad():
+        losses = supervision(batch, seed=0)
+    texts = supervision.text_features
+    columns = (batch.sentences >= 0).any(0)
+    prompts = {"positive": supervision.positives.mean(), "negative": supervision.negatives.mean()}
+    count = batch.anatomy_boxes.shape[1]
+    members = torch.tensor(MULTI_ANATOMY_MEMBERS)
+    known = batch.anatomy_sentences >= 0
+    single, every = (
+        {name: value[:, part] for name, value in answers["anatomies"].items()}
+        for part in (slice(0, count), slice(count, None))
+    )
+    inputs = (
+        {
+            "query_features": answers["sentences"]["query_features"],
+            "sentence_features": texts(batch.sentences[:, columns]),
+            "sentence_mask": batch.sentences[:, columns] >= 0,
+            "patch_features": answers["patches"],
+        },
+        answers["classes"]
+        | prompts
+        | {
+            "target_boxes": batch.class_boxes,
+            "target_mask": batch.class_box_mask,
+            "has_boxes": batch.has_class_boxes,
+            "labels": batch.class_labels,
+            "has_labels": batch.has_class_labels,
+        },
+        prompts
+        | {
+            "query_features": single["query_features"],
+            "region_boxes": single["region_boxes"],
+            "present": batch.anatomy_present,
+            "has_boxes": batch.has_anatomy_boxes[:, None].expand(-1, count),
+            "target_boxes": batch.anatomy_boxes,
+            "multi_region_boxes": every["region_boxes"],
+            "multi_region_scores": every["region_scores"],
+            "multi_target_boxes": batch.anatomy_boxes[:, members],
+            "multi_target_mask": batch.anatomy_present[:, members],
+            "labels": batch.anatomy_labels,
+            "has_labels": batch.has_anatomy_labels[:, None].expand(-1, count, -1),
+            "sentence_features": texts(batch.anatomy_sentences).sum(2) / known.sum(2).clamp_min(1)[..., None],
+            "has_sentences": known.any(2),
+        },
+    )
+    for naive, own in zip(NAIVE, inputs, strict=True):
+        own = {name: v.double() if v.is_floating_point() else v for name, v in own.items()}
+        for name, value in naive(own).items():
+            assert losses[name].item() == pytest.approx(value, rel=1e-4), name
+            assert value > 0, f"{name} is put to the test"
+    total = sum(losses[name].item() for name in weights.active())
+    assert losses["loss"].item() == pytest.approx(total, rel=1e-5)
 
 
 # --- what surrounds the objectives
