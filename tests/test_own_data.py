@@ -311,6 +311,16 @@ def test_damaged_images_are_named_with_their_line(folder, content):
         builder.load_image(folder / "scans/b.png")
 
 
+def test_a_damaged_dicom_header_does_not_stop_the_preparation(folder, tmp_path):
+    path = save_dicom(folder / "scans/d.dcm", gradient(HEIGHT, WIDTH))
+    content = path.read_bytes()
+    assert content.count(b"\x28\0\x02\0US") == 1
+    path.write_bytes(content.replace(b"\x28\0\x02\0US", b"\x28\0\x02\0\x55\xbb"))  # a type that there is not
+    write(folder, [{"image": "scans/a.png"}, {"image": "scans/d.dcm"}])
+    info = prepare("own", tmp_path / "out", data_dir=folder, num_proc=1, max_rejected=50)
+    assert info.splits["train"].records == info.splits["train"].rejected == 1
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -18,6 +18,7 @@ from pydicom.pixels import get_decoder
 from pydicom.uid import JPEGLSLossless, RLELossless
 
 from processing_chex.vocabulary import VINDR_CLASSES
+from training.data.preparation import prepare
 from training.data.raw import RejectedRecord
 from training.data.vindr_cxr import VindrCxr, fuse_classes, fuse_readers, halves, load_equalized, majority
 
@@ -222,6 +223,25 @@ def test_damaged_dicom_file_is_an_error_or_left_out(tree, tmp_path, content):
     with pytest.raises(ValueError, match=f"{NORMAL} cannot be used"):
         _generate(build(tree, tmp_path), "train")
     assert set(_generate(build(tree, tmp_path, missing="skip"), "train")) == {BOXED, TRAPS}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"UI\x14\x001.2.840.10008.1.2.1\0", b"LO\x14\0" + b" " * 20),  # a transfer syntax that is plain text
+        (b"1.2.840.10008.1.2.1\0", b"1.2.840\\10008.1.2.1\0"),  # two of them
+        (b"\x28\0\x04\0CS", b"\x28\0\x04\0\xff\xff"),  # photometric interpretation of an unknown type
+    ],
+)
+def test_damaged_dicom_header_is_an_error_or_left_out(tree, tmp_path, old, new):
+    path = tree / "train" / f"{BOXED}.dicom"
+    content = path.read_bytes()
+    assert content.count(old) == 1
+    path.write_bytes(content.replace(old, new))
+    with pytest.raises(RejectedRecord, match="damaged|cannot be decoded"):
+        load_equalized(path)
+    info = prepare("vindr-cxr", tmp_path / "out", data_dir=tree, num_proc=1, max_rejected=50)
+    assert info.splits["train"].rejected == 1
 
 
 def test_truncated_pixels_are_an_error(tree, tmp_path):

@@ -172,6 +172,8 @@ class OwnData(RawBuilder):
             return np.rint(load_image(path) * 255).astype(np.uint8)
         except ChexInputError as error:
             raise RejectedRecord(str(error)) from error
+        except Exception as error:  # damaged files raise nearly anything
+            raise RejectedRecord(f"{path} cannot be decoded ({type(error).__name__}: {error})") from error
 
     def image_file(self, path: str | Path) -> str:
         if not _is_dicom(path):

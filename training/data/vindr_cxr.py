@@ -312,13 +312,16 @@ def load_equalized(path: str | Path) -> np.ndarray:
 
 
 def _stored_pixels(dataset: pydicom.Dataset) -> np.ndarray:
-    syntax = dataset.file_meta.get("TransferSyntaxUID")
-    if syntax is None:
-        syntax = dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
+    syntax = None
     try:
+        syntax = dataset.file_meta.get("TransferSyntaxUID")
+        if syntax is None:
+            syntax = dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
         return dataset.pixel_array
-    except Exception as error:  # each decoder has its own exceptions
+    except Exception as error:  # each decoder has its own exceptions, and damaged headers raise nearly anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if not isinstance(syntax, pydicom.uid.UID):
+            raise RejectedRecord(f"the DICOM file is damaged: its transfer syntax is {syntax!r} ({reason})") from error
         try:
             decoder = get_decoder(syntax)
         except NotImplementedError:
