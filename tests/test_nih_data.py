@@ -1,6 +1,7 @@
 """NIH ChestX-ray14: tables with odd headers, both folder layouts, halves by patient, and damaged downloads."""
 
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -142,11 +143,45 @@ def test_of_two_tables_of_labels_the_later_release_is_read(tmp_path):
     assert all_items(build(root, tmp_path))["00099994_000"]["labels"] == [0, 0, 0, 0, 0, 0, 1, 0]
 
 
-@pytest.mark.parametrize("header", [BOX_HEADER, BOX_HEADER.rstrip(","), f"\ufeff{BOX_HEADER}"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        BOX_HEADER,
+        BOX_HEADER.rstrip(","),
+        f"\ufeff{BOX_HEADER}",
+        'Image Index,Finding Label,"Bbox [x,y,w,h]",,,',
+        '"Image Index","Finding Label","Bbox [x,y,w,h]"',
+        "Image Index,Finding Label,Bbox [x,y,w,h],Unnamed: 6,Unnamed: 7,Unnamed: 8",
+    ],
+)
 def test_variants_of_the_header_of_boxes_are_read(tmp_path, header):
     root = write_nih(tmp_path / "nih", images=False)
-    write_lines(root / "BBox_List_2017.csv", [header, *BOXES])
+    rows = [f"{row},,," for row in BOXES] if "Unnamed" in header else BOXES
+    write_lines(root / "BBox_List_2017.csv", [header, *rows])
     assert all_items(build(root, tmp_path))["00099993_001"]["boxes"] == [(2, [5, 6, 12, 14])]
+
+
+def test_names_in_quotes_in_the_header_of_labels(tmp_path):
+    root = write_nih(tmp_path / "nih", images=False)
+    header = ",".join(f'"{name}"' for name in re.split(r",(?![^\[]*\])", ENTRY_HEADER))
+    write_lines(root / "Data_Entry_2017_v2020.csv", [header, *ENTRIES])
+    assert header.count('"') == 18 and len(all_items(build(root, tmp_path))) == 5
+
+
+def test_endings_of_image_files_in_capitals(root, tmp_path):
+    copy = Path(shutil.copytree(root, tmp_path / "copy"))
+    path = copy / "images_001/images/00099991_000.png"
+    path.rename(path.with_suffix(".PNG"))
+    item = all_items(build(copy, tmp_path))["00099991_000"]
+    assert item["image_path"] == str(path.with_suffix(".PNG"))
+
+
+def test_list_of_training_images_with_byte_order_mark_and_windows_line_ends(root, tmp_path):
+    copy = Path(shutil.copytree(root, tmp_path / "copy"))
+    path = copy / "train_val_list.txt"
+    path.write_bytes(b"\xef\xbb\xbf00099995_000.png\r\n00099996_000.png")
+    items = build(copy, tmp_path, boxes_only=False).items()["train"]
+    assert [item["sample_id"] for item in items] == ["00099995_000", "00099996_000"]
 
 
 def test_without_the_table_of_labels_boxes_remain(tmp_path):

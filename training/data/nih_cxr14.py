@@ -119,7 +119,7 @@ class NihCxr14(RawBuilder):
             split: [
                 {
                     "sample_id": name.removesuffix(".png"),
-                    "image_path": found.get(name, str(folder / "images" / name)),
+                    "image_path": found.get(name.lower(), str(folder / "images" / name)),
                     "boxes": boxes.get(name),
                     "labels": entries[name][0] if entries else None,
                     "view": entries[name][1] if entries else -1,
@@ -158,10 +158,15 @@ class NihCxr14(RawBuilder):
         return max(self.folders["nih"].glob("Data_Entry_2017*.csv"), default=None)
 
     def _image_paths(self) -> dict[str, str]:
-        """Name -> path of all images, in one folder, in twelve folders, or in both ways nested in each other."""
+        """
+        Name in lower case -> path of all images, in one folder, in twelve folders, or in both ways nested in each
+        other. The letters of endings depend on what unpacked or copied the files.
+        """
         folder = self.folders["nih"]
         parents = [*sorted(folder.glob("images*")), *sorted(folder.glob("images*/images*"))]
-        return {entry.name: entry.path for parent in parents if parent.is_dir() for entry in os.scandir(parent)}
+        return {
+            entry.name.lower(): entry.path for parent in parents if parent.is_dir() for entry in os.scandir(parent)
+        }
 
     def _boxes(self, path: Path) -> dict[str, list[tuple[int, list[float]]]]:
         """Image -> (class index, xyxy pixels) of its boxes in the order of the file."""
@@ -228,7 +233,7 @@ class NihCxr14(RawBuilder):
             raise FileNotFoundError(
                 f"{self.TITLE}: {path} is missing; the training split (boxes_only=False) needs it."
             )
-        return path.read_text(encoding="utf-8").split()
+        return path.read_text(encoding="utf-8-sig").split()
 
 
 def patient_halves(boxes: dict[str, int]) -> tuple[list[str], list[str]]:

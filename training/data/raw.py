@@ -29,13 +29,15 @@ from training.data.record import record_features
 logger = logging.getLogger(__name__)
 
 # Bumped when the same raw files would give other records.
-RECORD_VERSION = "1"
+RECORD_VERSION = "2"
 SPLITS = ("train", "validation", "test")
 MISSING = "the image file is missing"
 SKIP_HINT = "Images that are missing or damaged are left out with --option missing=skip (in Python missing='skip')."
 # Folders of images, or of one file for each image: nothing else is to be found in them.
 _IMAGE_FOLDER = re.compile(r"files|images([_-].*)?|scene_graph|train|test|p\d{2}|p\d{8}|s\d{8}")
 _SEARCH_DEPTH = 5
+# Headers of NIH name several columns as "Bbox [x,y,w,h]"; copies made by csv writers put that in quotes.
+_LISTED_NAMES = re.compile(r",(?=[^\[\]]*\])")
 
 
 class DroppedRecord(Exception):
@@ -437,7 +439,7 @@ def _csv_rows(path: Path, columns: Iterable[str], hint: str = "") -> Iterator[tu
     """The header, then all rows, each as long as the header, with the numbers of their lines."""
     reader = csv.reader(io.TextIOWrapper(io.BytesIO(read_bytes(path)), encoding="utf-8-sig", newline=""))
     try:
-        header = [name.strip() for name in next(reader, [])]
+        header = [part.strip() for name in next(reader, []) for part in _LISTED_NAMES.split(name)]
         while header and not header[-1]:
             header.pop()
         if missing := [name for name in columns if name not in header]:
