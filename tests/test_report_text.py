@@ -366,6 +366,8 @@ def test_tidy_phrases(text, expected):
         "Edema? |Yes! |No ?edema.",
         "Edema? or mass.",
         "? small mass. |Repeat.",
+        "Bases are hazy. |? small effusion. |Repeat.",
+        "Bases are hazy. ? |Repeat.",
         "The (small. Very small) mass. |(See below.) |Fine.",
         "The (left mass. |No edema.",
         'It says "no change." |Fine.',

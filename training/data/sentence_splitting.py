@@ -58,7 +58,7 @@ _WRAPPED_LINE = 60  # characters: a line this long without a full stop goes on i
 _NUMBERED = _words("rib ribs grade stage type image segment series day days no")
 
 _CANDIDATE = re.compile(
-    r"""(?P<stop>[.?!…](?:\s*[.?!…](?!\d))*)(?P<closing>["'”’)\]]*)"""
+    r"""(?P<stop>[.?!…](?:(?:[.?!…]|\s+[.!…]|\s+\?(?!\s*[a-z_]))(?!\d))*)(?P<closing>["'”’)\]]*)"""
     r"|(?P<newline>\n)"
     r"|(?<=\s)(?:\(?(?P<item>\d{1,2})\)|\#(?P<hash>\d{1,2})\.?)(?=\s)"
 )
