@@ -182,7 +182,7 @@ METRIC_NAMES = {
     "meteor_normal": "METEOR, normal regions",
     "meteor_abnormal": "METEOR, abnormal regions",
     "meteor_ratio": "METEOR of own over other regions",
-    "cider": "CIDEr",
+    "cider": "CIDEr (0 to 10)",
     "radgraph_f1": "RadGraph F1",
     **{f"bleu{order}": f"BLEU-{order}" for order in range(1, 5)},
 }
