@@ -307,6 +307,19 @@ def test_terms_are_those_of_the_answers_and_annotations(setting, monkeypatch):
     assert losses["loss"].item() == pytest.approx(total, rel=1e-5)
 
 
+def test_boxes_of_anatomies_are_learned_from_names(setting):
+    """Steps that ask by box have no such term, so that nothing must depend on them alone."""
+    only = ObjectiveWeights(anatomy_detection=1.0, anatomy_presence=0.5)
+    for encoding, weights in (("bbox", only), ("bbox", WEIGHTS), ("random", only)):
+        with pytest.raises(ValueError, match=f"anatomy_detection .*cannot be learned .*region_encoding={encoding}"):
+            supervise(setting, "corrected", weights=weights, region_encoding=encoding)
+    supervise(setting, "corrected", weights=only)
+    supervision = supervise(setting, "corrected", region_encoding="random")
+    with torch.no_grad():
+        found = {"anatomy_detection" in supervision(setting.batch, seed=seed) for seed in range(6)}
+    assert found == {True, False}
+
+
 # --- what surrounds the objectives
 
 

@@ -49,6 +49,8 @@ from training.transforms import Augmentation, normalise
 SENTENCES, PHRASES, DESCRIBED_SENTENCES, DESCRIBED_ANATOMIES, ANATOMIES, ANATOMY_TEXTS, FINDING_TEXTS = range(101, 108)
 ROI_SKIP = {"sentences": 111, "phrases": 112, "anatomies": 113, "classes": 114}
 REGION_DROP = {name: key + 10 for name, key in ROI_SKIP.items()}
+# Terms about the boxes that the answers to names of anatomies have
+ASKED_BY_NAME = frozenset({"anatomy_detection", "anatomy_presence"})
 BLOCKS = {"CLIPEncoderLayer", "ChexDecoderLayer", "GPT2Block"}
 
 
@@ -190,6 +192,14 @@ class ChexSupervision(ImageSupervision):
         super().__init__(model, image_processor, augmentation, texts, keep_frozen_in_train_mode)
         self.objectives, self.objective_mode = objectives, objective_mode
         self.terms = objectives.weights.active()
+        if asked_by_name := sorted(self.terms & ASKED_BY_NAME):
+            # in steps that ask by box, these terms are left out
+            encoding = objectives.region_encoding
+            if encoding == "bbox" or (encoding == "random" and len(asked_by_name) == len(self.terms)):
+                raise ValueError(
+                    f"{' and '.join(asked_by_name)} cannot be learned with objectives.region_encoding={encoding}, "
+                    "which asks for anatomies by their boxes: set it to token."
+                )
         names = class_prompts.names
         features = TextFeatures(model, tokenizer, text_cache, text_feature_dtype)
         self.anatomies = PromptBank(anatomy_prompts(synonyms=True), features)
