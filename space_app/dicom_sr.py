@@ -108,14 +108,29 @@ def read_source(source: Path) -> "Dataset":
     try:
         # Values of the source are copied as they are, odd ones included.
         dataset = pydicom.dcmread(source, force=True, stop_before_pixels=True)
-        missing = [name for name in NEEDED if dataset.get(name) in (None, "")]
     except Exception as error:  # damaged files raise nearly anything
         raise ChexInputError(f"{source} is a damaged DICOM file ({type(error).__name__}): export it again.") from error
-    if missing:
-        raise ChexInputError(f"{source} cannot be referred to: it has no {', '.join(missing)}.")
-    if int(dataset.get("NumberOfFrames") or 1) != 1:
-        raise ChexInputError(f"{source} has several frames, but ChEX explains single images.")
+    check_source(dataset, source)
     return dataset
+
+
+def check_source(dataset: "Dataset", name: str | Path) -> None:
+    """
+    Args:
+        name: What messages call the file.
+
+    Raises:
+        ChexInputError: No single image, or attributes are missing that a reference needs.
+    """
+    try:
+        missing = [attribute for attribute in NEEDED if dataset.get(attribute) in (None, "")]
+        frames = int(dataset.get("NumberOfFrames") or 1)
+    except Exception as error:  # values are parsed when they are asked for
+        raise ChexInputError(f"{name} is a damaged DICOM file ({type(error).__name__}): export it again.") from error
+    if missing:
+        raise ChexInputError(f"{name} cannot be referred to: it has no {', '.join(missing)}.")
+    if frames != 1:
+        raise ChexInputError(f"{name} has several frames, but ChEX explains single images.")
 
 
 def structured_report(result: Mapping[str, Any], source: "Dataset", model: str = "ChEX") -> "ComprehensiveSR":
@@ -372,6 +387,7 @@ def find_result(path: str | Path, image: str | Path) -> dict[str, Any]:
 __all__ = [
     "NOTICE",
     "Statement",
+    "check_source",
     "find_result",
     "read_source",
     "read_statements",

@@ -1,10 +1,14 @@
 """The page: a radiograph, questions about it as text or box, a report. Built with Gradio; `app` serves it."""
 
+import base64
 import contextlib
+import itertools
+import json
 import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +21,15 @@ from processing_chex import ChexInputError
 from processing_chex.prompt_sets import class_prompts
 from processing_chex.vocabulary import ANATOMY_NAMES
 from space_app.explain import parse_box
-from space_app.study import Study, StudyReader, data_uri
+from space_app.study import Study, StudyReader, data_uri, write_sr
 
 
 ASSETS = Path(__file__).parent / "assets"
 TITLE = "ChEX: ask about a chest radiograph"
 NOTICE = (
-    "**For research only. Not a medical device; not for clinical use.** Images stay in the memory of this server "
-    "while the page is open; the uploaded file is deleted as soon as it has been read."
+    "**For research only. Not a medical device; not for clinical use.** Images and DICOM data stay in the memory of "
+    "this server while the page is open; an uploaded file is deleted once it is read."
 )
-FILE_TYPES = [".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".tif", ".tiff", ".bmp", ".webp"]
 IDLE_SECONDS = 3600  # after which the image of a page that was left open is forgotten
 NUM_EXAMPLES = 4
 
@@ -37,13 +40,26 @@ THEME = gr.themes.Default(
 )
 CSS = """
 #head p { margin: 0; }
+#status:not(:has([role=alert])) { display: none; }
 #status [role=alert] { color: var(--error-text-color); font-weight: 600; margin: 0; }
+#status [role=alert] { padding-left: .6rem; border-left: 4px solid #dc2626; }
 .go { align-self: end; max-height: 2.8rem; }
 footer { display: none !important; }
+#viewer .html-container, #examples .html-container { padding: 0; }
+"""
+# Not among CSS, as Gradio applies that only within the padding. Leaves a narrow window to the image and the tabs.
+NARROW = """
+<style>
+@media (max-width: 500px) {
+    .gradio-container .main.app { padding: .6rem !important; }
+    #tabs button[role=tab] { padding-inline: .65rem; }
+}
+</style>
 """
 LAUNCH: dict[str, Any] = {
     "theme": THEME,
     "css": CSS,
+    "head": NARROW,
     "footer_links": [],
     "max_file_size": "64mb",
     "ssr_mode": False,
@@ -64,10 +80,10 @@ def examples_component(images: Sequence[PIL.Image.Image], **kwargs: Any) -> gr.H
         html_template=f"<p>Or take an example (synthetic)</p><div>{''.join(pictures)}</div>",
         css_template="""
             p { margin: 0 0 .3rem; font-size: .875rem; }
-            div { display: flex; gap: .5rem; flex-wrap: wrap; }
+            div { display: grid; grid-template-columns: repeat(4, minmax(0, 5rem)); gap: .4rem; }
             button { padding: 0; border: 2px solid transparent; border-radius: .4rem; line-height: 0; cursor: pointer }
             button:hover, button:focus-visible { border-color: var(--color-accent); outline: none; }
-            img { width: 6.4rem; height: 6.4rem; border-radius: .3rem; display: block; margin: 0; }
+            img { width: 100%; aspect-ratio: 1; border-radius: .3rem; display: block; margin: 0; }
         """,
         js_on_load="""
             element.addEventListener("click", (event) => {
@@ -82,7 +98,7 @@ def examples_component(images: Sequence[PIL.Image.Image], **kwargs: Any) -> gr.H
 
 def viewer_component(**kwargs: Any) -> gr.HTML:
     """Image and answers, whose values are the messages of `viewer.js`: draws boxes, zooms, filters by score and saves
-    in the browser. Triggers `ask_box` with a box."""
+    in the browser. Triggers `ask_box` with a box, and `save_sr` with what a structured report is to hold."""
     parts = {name: (ASSETS / f"viewer.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
     return gr.HTML(
         html_template=parts["html"],
@@ -135,17 +151,16 @@ def build_page(pipeline: ChexPipeline, model_name: str, on_gpu: Callable[[Callab
         return reader.report(study, classes)
 
     def show(study: Study) -> tuple[Study, dict, str]:
+        image = study.for_viewer() | {"sr": study.header is not None and find_spec("highdicom") is not None}
         megapixels = f"{study.width} x {study.height} pixels"
         note = f"{study.name}, {megapixels}: read and encoded in {study.seconds:.2f} s."
-        return study, {"image": study.for_viewer(), "answers": [], "note": note}, ""
+        return study, message(image=image, answers=[], note=note), ""
 
-    def upload(path: str | None) -> tuple:
-        if path is None:
-            return None, {"image": False, "answers": []}, ""
+    def upload(path: str) -> tuple:
         try:
-            return show(open_study(path))
+            return None, *show(open_study(path))
         except ChexInputError as error:
-            return _trouble(error)
+            return None, *_trouble(error)
         finally:
             _forget(path)
 
@@ -163,7 +178,7 @@ def build_page(pipeline: ChexPipeline, model_name: str, on_gpu: Callable[[Callab
         except ChexInputError as error:
             return _trouble(error)[1:]
         note = f"{len(answers)} {'answer' if len(answers) == 1 else 'answers'} in {seconds:.2f} s."
-        return {"answers": answers, "keep": True, "only": only, "note": note}, ""
+        return message(study=study.key, answers=answers, keep=True, only=only, note=note), ""
 
     def ask_text(study: Study | None, text: str, *chosen: Sequence[str]) -> tuple:
         return respond(study, split_prompts(text or "", *chosen), [], only=False)
@@ -195,86 +210,125 @@ def build_page(pipeline: ChexPipeline, model_name: str, on_gpu: Callable[[Callab
             return _trouble(error)[1:]
         count = f"{len(sentences)} {'sentence' if len(sentences) == 1 else 'sentences'}"
         note = f"{count} in {seconds:.2f} s; each can be edited." if sentences else "Nothing is worth a sentence."
-        return {"answers": sentences, "keep": True, "only": True, "note": note}, ""
+        return message(study=study.key, answers=sentences, keep=True, only=True, note=note), ""
+
+    def save_sr(study: Study | None, event: gr.EventData) -> tuple:
+        if study is None:
+            return _trouble(ChexInputError("Choose an image first: upload a DICOM file."))[1:]
+        try:
+            content = write_sr(study, (event._data or {}).get("result"), model_name)
+        except ChexInputError as error:
+            return _trouble(error)[1:]
+        file = {"name": "report.dcm", "type": "application/dicom", "base64": base64.b64encode(content).decode()}
+        return message(study=study.key, file=file), ""
+
+    def fail() -> tuple:
+        text = "The server could not do this. Try again; if it stays so, reload the page."
+        return _trouble(ChexInputError(text))[1:]
 
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, IDLE_SECONDS)) as page:
         gr.Markdown(f"# {TITLE}\n{NOTICE}", elem_id="head")
         study = gr.State(None, time_to_live=IDLE_SECONDS)
         with gr.Row():
-            with gr.Column(scale=2, min_width=280):
-                file = gr.File(
-                    label="Radiograph: PNG, JPEG, TIFF or DICOM", file_types=FILE_TYPES, height=150, elem_id="upload"
-                )
-            with gr.Column(scale=3, min_width=280):
-                examples = examples_component(example_images(), elem_id="examples")
-        with gr.Tabs():
-            with gr.Tab("Ask"), gr.Row():
-                text = gr.Textbox(
-                    label="What to look for",
-                    placeholder="Pleural effusion; right lower lung zone",
-                    info="Enter asks; a semicolon separates several.",
-                    max_length=2000,
-                    scale=3,
-                    min_width=240,
-                    elem_id="prompt",
-                )
-                finding = gr.Dropdown(
-                    findings, multiselect=True, label="Findings", scale=2, min_width=200, elem_id="findings"
-                )
-                region = gr.Dropdown(
-                    anatomy, multiselect=True, label="Anatomy", scale=2, min_width=200, elem_id="anatomy"
-                )
-                ask = gr.Button("Ask", variant="primary", scale=1, min_width=100, elem_id="ask", elem_classes="go")
-            with gr.Tab("Box"), gr.Row():
-                typed = gr.Textbox(
-                    label="Box, if not drawn on the image",
-                    placeholder="x0,y0,x1,y1 in pixels",
-                    max_length=100,
-                    scale=4,
-                    elem_id="box",
-                )
-                ask_there = gr.Button("What is there?", variant="primary", scale=1, min_width=140, elem_classes="go")
-            with gr.Tab("Compare"), gr.Row():
-                first = gr.Textbox(label="One prompt", placeholder="Left pleural effusion", max_length=300, scale=2)
-                second = gr.Textbox(label="The other", placeholder="Right pleural effusion", max_length=300, scale=2)
-                both = gr.Button("Compare", variant="primary", scale=1, min_width=120, elem_classes="go")
-            if reader.writes_sentences:
-                with gr.Tab("Report"), gr.Row():
-                    classes = gr.Dropdown(
-                        [("Eight common findings", "phantom"), ("14 findings of CheXpert", "chexpert")],
-                        value="phantom",
-                        label="Findings that are looked for, besides 15 regions",
+            with gr.Column(scale=2, min_width=300), gr.Row():
+                with gr.Column(min_width=200):
+                    # Files of any name: those of DICOM often have no ending.
+                    file = gr.File(label="Radiograph: PNG, JPEG, TIFF, DICOM", height=140, elem_id="upload")
+                with gr.Column(min_width=200):
+                    examples = examples_component(example_images(), elem_id="examples", padding=False)
+            with gr.Column(scale=3, min_width=560), gr.Tabs(elem_id="tabs", overflow_behavior="wrap"):
+                with gr.Tab("Ask"), gr.Row():
+                    text = gr.Textbox(
+                        label="What to look for (; separates)",
+                        placeholder="Pleural effusion; right lower lung zone",
+                        max_length=2000,
                         scale=3,
+                        min_width=240,
+                        elem_id="prompt",
                     )
-                    report = gr.Button(
-                        "Write the report",
-                        variant="primary",
-                        scale=1,
-                        min_width=160,
-                        elem_id="report",
-                        elem_classes="go",
+                    finding = gr.Dropdown(
+                        findings, multiselect=True, label="Findings", scale=2, min_width=200, elem_id="findings"
                     )
+                    region = gr.Dropdown(
+                        anatomy, multiselect=True, label="Anatomy", scale=2, min_width=200, elem_id="anatomy"
+                    )
+                    ask = gr.Button("Ask", variant="primary", scale=1, min_width=100, elem_id="ask", elem_classes="go")
+                with gr.Tab("Box"), gr.Row():
+                    typed = gr.Textbox(
+                        label="Box, if not drawn on the image",
+                        placeholder="x0,y0,x1,y1 in pixels",
+                        max_length=100,
+                        scale=4,
+                        elem_id="box",
+                    )
+                    ask_there = gr.Button(
+                        "What is there?", variant="primary", scale=1, min_width=140, elem_classes="go"
+                    )
+                with gr.Tab("Compare"), gr.Row():
+                    first = gr.Textbox(
+                        label="One prompt", placeholder="Left pleural effusion", max_length=300, scale=2
+                    )
+                    second = gr.Textbox(
+                        label="The other", placeholder="Right pleural effusion", max_length=300, scale=2
+                    )
+                    both = gr.Button("Compare", variant="primary", scale=1, min_width=120, elem_classes="go")
+                if reader.writes_sentences:
+                    with gr.Tab("Report"), gr.Row():
+                        classes = gr.Dropdown(
+                            [("Eight common findings", "phantom"), ("14 findings of CheXpert", "chexpert")],
+                            value="phantom",
+                            label="Findings that are looked for, besides 15 regions",
+                            scale=3,
+                        )
+                        report = gr.Button(
+                            "Write the report",
+                            variant="primary",
+                            scale=1,
+                            min_width=160,
+                            elem_id="report",
+                            elem_classes="go",
+                        )
         status = gr.HTML("", elem_id="status", padding=False)
-        viewer = viewer_component(elem_id="viewer")
+        viewer = viewer_component(elem_id="viewer", padding=False)
         gr.Markdown(f"Model: `{model_name}`. Boxes are in pixels of the original image.", elem_id="foot")
 
         shown = {"show_progress": "hidden", "api_visibility": "private"}
-        file.change(upload, file, [study, viewer, status], **shown)
-        examples.pick(choose, None, [study, viewer, status], **shown)
-        questions = {"fn": ask_text, "inputs": [study, text, finding, region], "outputs": [viewer, status], **shown}
-        gr.on([text.submit, ask.click], **questions)
-        viewer.ask_box(ask_box, study, [viewer, status], **shown)
-        gr.on([typed.submit, ask_there.click], ask_typed_box, [study, typed], [viewer, status], **shown)
-        gr.on([second.submit, both.click], compare, [study, first, second], [viewer, status], **shown)
+        opened, answered = [study, viewer, status], [viewer, status]
+        reading, asking = shown | {"js": busy("Reading the image…")}, shown | {"js": busy("Asking…")}
+        events = [
+            file.upload(upload, file, [file, *opened], **reading),
+            examples.pick(choose, None, opened, **reading),
+            gr.on([text.submit, ask.click], ask_text, [study, text, finding, region], answered, **asking),
+            viewer.ask_box(ask_box, study, answered, **shown),
+            gr.on([typed.submit, ask_there.click], ask_typed_box, [study, typed], answered, **asking),
+            gr.on([first.submit, second.submit, both.click], compare, [study, first, second], answered, **asking),
+            viewer.save_sr(save_sr, study, answered, **shown),
+        ]
         if reader.writes_sentences:
-            report.click(write_report, [study, classes], [viewer, status], **shown)
+            writing = shown | {"js": busy("Writing the report…")}
+            events.append(report.click(write_report, [study, classes], answered, **writing))
+        for event in events:
+            event.failure(fail, None, answered, **shown)
     return page
 
 
-def _trouble(error: ChexInputError) -> tuple[None, dict, str]:
-    """What the page shows of an error; what was there stays."""
-    text = str(error)
-    return None, {"note": ""}, f'<p role="alert">{escape(text)}</p>'
+_serial = itertools.count()
+
+
+def message(**content: Any) -> dict[str, Any]:
+    """What the viewer is told. With a number, as one that equals that before it would not reach the viewer."""
+    return {**content, "serial": next(_serial)}
+
+
+def busy(text: str) -> str:
+    """Script that shows in the viewer that an answer is waited for, and hands the inputs on."""
+    event = f'new CustomEvent("busy", {{ detail: {json.dumps(text)} }})'
+    return f"(...values) => {{ document.querySelector('#viewer .viewer')?.dispatchEvent({event}); return values; }}"
+
+
+def _trouble(error: ChexInputError) -> tuple[Any, dict, str]:
+    """What the page shows of an error; the study and what was shown of it stay."""
+    return gr.skip(), message(note=""), f'<p role="alert">{escape(str(error))}</p>'
 
 
 def _forget(path: str) -> None:

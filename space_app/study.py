@@ -2,12 +2,13 @@
 
 import base64
 import io
+import secrets
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
@@ -17,11 +18,16 @@ from modeling_chex.pipeline_chex import Answer, ChexPipeline
 from processing_chex import ChexInputError
 from processing_chex.dicom import is_dicom, may_be_bare_dicom
 from processing_chex.image_loading import load_image
+from space_app.dicom_sr import check_source, structured_report
 
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
 
 # A radiograph has at most about 18 megapixels; beyond this, memory would suffer.
 MAX_MEGAPIXELS = 40
 MAX_QUERIES = 40
+MAX_STATEMENTS = 400  # in a structured report
 SHOWN_SIDE = 1280  # the longer side of the picture that is sent to the browser
 
 
@@ -38,6 +44,8 @@ class Study:
         image_features: As from `ChexModel.get_image_features`.
         original_sizes, image_frames: As from `ChexProcessor`.
         seconds: That reading and encoding took.
+        header: What the DICOM file says besides its pixels, patient included; None of other files.
+        key: Tells answers about this study from those about another.
     """
 
     name: str
@@ -49,10 +57,13 @@ class Study:
     original_sizes: torch.Tensor
     image_frames: torch.Tensor
     seconds: float
+    header: "Dataset | None" = field(default=None, repr=False)
+    key: str = field(default_factory=lambda: secrets.token_hex(8))
 
     def for_viewer(self) -> dict[str, Any]:
         """What the viewer needs to show the image."""
-        return {"url": self.picture, "width": self.width, "height": self.height, "frame": list(self.frame)}
+        size = {"width": self.width, "height": self.height, "frame": list(self.frame)}
+        return {"url": self.picture, **size, "study": self.key}
 
 
 class StudyReader:
@@ -88,6 +99,7 @@ class StudyReader:
         try:
             check_pixels(image, shown)
             values = load_image(image, shown)
+            header = None if isinstance(image, PIL.Image.Image) else _dicom_header(Path(image))
             options = {"geometry": geometry} if geometry is not None else {}
             with self.lock:
                 inputs = self.pipeline.processor(images=[values], return_tensors="pt", **options)
@@ -105,6 +117,7 @@ class StudyReader:
             original_sizes=inputs["original_sizes"],
             image_frames=inputs["image_frames"],
             seconds=time.perf_counter() - start,
+            header=header,
         )
 
     @torch.inference_mode()
@@ -183,6 +196,31 @@ class StudyReader:
         return shown, time.perf_counter() - start
 
 
+def write_sr(study: Study, result: Any, model: str) -> bytes:
+    """
+    The file of a DICOM structured report.
+
+    Args:
+        study: Of a DICOM image.
+        result: What the page saves as JSON. It comes from the browser, so that anything may be in it.
+        model: Name of the model, as the report shows it.
+
+    Raises:
+        ChexInputError: The image cannot be referred to, the result is none, or highdicom is not installed.
+    """
+    if study.header is None:
+        raise ChexInputError(f"{study.name} is no DICOM file: a structured report refers to the DICOM image.")
+    answers = result.get("answers") if isinstance(result, dict) else None
+    if not isinstance(answers, list) or not answers:
+        raise ChexInputError("There is nothing to write: no answer is shown.")
+    if len(answers) > MAX_STATEMENTS:
+        raise ChexInputError(f"These are {len(answers)} answers, of at most {MAX_STATEMENTS} in a report: hide some.")
+    check_source(study.header, study.name)
+    buffer = io.BytesIO()
+    structured_report(result, study.header, model).save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
 def for_viewer(answer: Answer) -> dict[str, Any]:
     """An answer as the viewer takes it."""
     return {
@@ -224,6 +262,15 @@ def _size_in_header(path: Path) -> tuple[int, int]:
         return 0, 0
 
 
+def _dicom_header(path: Path) -> "Dataset | None":
+    """None of a file of another kind. `load_image` has read it: what is damaged has been refused."""
+    if not (is_dicom(path) or may_be_bare_dicom(path)):
+        return None
+    import pydicom
+
+    return pydicom.dcmread(path, stop_before_pixels=True, force=True)
+
+
 def data_uri(values: np.ndarray) -> str:
     """Grey values (H, W) in [0, 1] as a JPEG of at most `SHOWN_SIDE` pixels, as a data URI."""
     image = PIL.Image.fromarray(np.rint(values * 255).astype(np.uint8))
@@ -233,4 +280,14 @@ def data_uri(values: np.ndarray) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-__all__ = ["MAX_MEGAPIXELS", "MAX_QUERIES", "Study", "StudyReader", "check_pixels", "data_uri", "for_viewer"]
+__all__ = [
+    "MAX_MEGAPIXELS",
+    "MAX_QUERIES",
+    "MAX_STATEMENTS",
+    "Study",
+    "StudyReader",
+    "check_pixels",
+    "data_uri",
+    "for_viewer",
+    "write_sr",
+]

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import psutil
+import pydicom
 import pytest
 import torch
 
 from processing_chex import ChexInputError
 from space_app.explain import ChexExplainer
-from space_app.study import MAX_QUERIES, StudyReader, check_pixels
+from space_app.study import MAX_QUERIES, MAX_STATEMENTS, StudyReader, check_pixels, write_sr
 
 from .image_factory import gradient, save_dicom, save_image
 from .test_cli import save_tiny_model
@@ -130,6 +131,35 @@ def test_errors_do_not_name_folders_of_the_server(reader, tmp_path):
     assert "notes.txt" in str(error.value) and str(tmp_path) not in str(error.value)
 
 
+ANSWER = {"query": "Nodule", "sentence": "A nodule.", "score": 1, "regions": []}
+RESULT = {"image": {"width": 64, "height": 64}, "answers": [ANSWER]}
+
+
+@pytest.mark.parametrize(
+    ("attributes", "result", "message"),
+    [
+        (None, RESULT, "film is no DICOM file"),
+        ({"StudyInstanceUID": None}, RESULT, "film cannot be referred to: it has no StudyInstanceUID"),
+        ({}, {"answers": []}, "nothing to write"),
+        ({}, ["no", "result"], "nothing to write"),
+        ({}, RESULT | {"answers": [ANSWER] * (MAX_STATEMENTS + 1)}, f"at most {MAX_STATEMENTS}"),
+        ({}, RESULT | {"answers": ["none"]}, "damaged"),
+        ({}, RESULT | {"image": {"width": 65, "height": 64}}, "65 x 64"),
+    ],
+)
+def test_unusable_structured_reports(reader, tmp_path, attributes, result, message):
+    pytest.importorskip("highdicom")
+    if attributes is None:
+        path = save_image(tmp_path / "film.png", gradient(64, 64)).rename(tmp_path / "film")
+    else:
+        path = save_dicom(tmp_path / "film", gradient(64, 64).astype(np.uint16), **attributes)
+    study = reader.open(path)
+    assert (study.header is None) == (attributes is None)
+    with pytest.raises(ChexInputError, match=message) as error:
+        write_sr(study, result, "a model")
+    assert str(tmp_path) not in str(error.value)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the page
 
@@ -147,7 +177,7 @@ def server(model_folder, tmp_path_factory):
         stdout=log,
         stderr=subprocess.STDOUT,
     )
-    deadline, address = time.monotonic() + 120, None
+    deadline, address = time.monotonic() + 300, None
     while address is None and time.monotonic() < deadline:
         text = Path(log.name).read_text(encoding="utf-8")
         found = re.search(r"http://127\.0\.0\.1:\d+", text)
@@ -174,7 +204,7 @@ def page(browser, server):
     """A page of its own session, which must not ask for anything outside nor fail in a script."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
     page = context.new_page()
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(60_000)
     outside, errors = [], []
     page.on("request", lambda r: r.url.startswith((server[0], "data:", "blob:")) or outside.append(r.url))
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -288,12 +318,130 @@ def test_report_is_edited_and_saved(page):
     sentence = page.locator("#viewer .sentence").first
     sentence.fill("This was <b>edited</b>.")
     text = saved(page, "text").read_text()
-    assert text.startswith("This was <b>edited</b>.\n")
+    assert text.startswith("This was <b>edited</b>.\n") and text.endswith("Research use only, not a medical device.\n")
     content = json.loads(saved(page, "json").read_text())
     assert content["answers"][0]["edited"] and "Research use only" in content["notice"]
     assert content["answers"][0]["sentence"] == "This was <b>edited</b>."
     with PIL.Image.open(saved(page, "png")) as picture:
         assert picture.width == 1024 and picture.height > 1024  # sentences stand below
+
+
+@browser_test
+def test_structured_report_of_a_dicom_image(page, tmp_path):
+    highdicom = pytest.importorskip("highdicom")
+    take_example(page)
+    button = page.locator("#viewer [data-do=sr]")
+    assert not button.is_visible()  # a picture has no study to refer to
+    path = save_dicom(tmp_path / "IM000001", gradient(300, 400).astype(np.uint16) * 16, PatientName="Doe^Jane")
+    upload(page, path)
+    page.wait_for_function("document.querySelector('#viewer .hint').innerText.includes('400 x 300')")
+    button.click()
+    assert "nothing to save" in page.locator("#viewer .hint").inner_text()
+    ask(page, "Pleural effusion")
+    page.get_by_role("tab", name="Box").click()
+    page.locator("#box textarea, #box input").first.fill("20,30,220,190")
+    page.get_by_role("button", name="What is there?").click()
+    page.wait_for_function("document.querySelectorAll('#viewer .row').length == 2")
+    page.locator("#viewer [data-set=threshold]").fill("1")  # a given box stays whatever the threshold
+    report = highdicom.sr.srread(saved(page, "sr"))
+    source = pydicom.dcmread(path)
+    assert (report.PatientName, report.StudyInstanceUID) == ("Doe^Jane", source.StudyInstanceUID)
+    groups = report.content.get_image_measurement_groups() + report.content.get_planar_roi_measurement_groups()
+    assert len(groups) == 2
+    (region,) = report.content.get_planar_roi_measurement_groups()
+    corners = region.roi.value
+    assert corners.min(axis=0).tolist() == [20, 30] and corners.max(axis=0).tolist() == [220, 190]
+    assert page.locator("#viewer .row").count() == 2 and page.locator("#viewer .stage.busy").count() == 0
+
+
+@browser_test
+def test_what_is_waited_for_is_shown_and_mistakes_end_it(page):
+    stage = page.locator("#viewer .stage")
+    seen = "new MutationObserver(() => { window.busy ||= document.querySelector('#viewer .stage.busy') !== null; })"
+    page.evaluate(f"{seen}.observe(document.querySelector('#viewer .stage'), {{ attributes: true }})")
+    for action in (lambda: take_example(page), lambda: ask(page, "Nodule")):
+        page.evaluate("window.busy = false")
+        action()
+        assert page.evaluate("window.busy") and stage.get_attribute("aria-busy") == "false"
+    for _ in range(2):  # the second answer equals the first, and has to reach the viewer all the same
+        page.evaluate("window.busy = false")
+        page.locator("#prompt textarea, #prompt input").first.fill("")
+        page.locator("#ask").click()
+        page.wait_for_function("window.busy && !document.querySelector('#viewer .stage.busy')")
+    assert "Nothing is asked" in alert(page)
+
+
+@browser_test
+def test_a_bad_upload_leaves_the_image_that_is_shown(page, tmp_path):
+    take_example(page)
+    (tmp_path / "notes").write_text("this is no image")
+    upload(page, tmp_path / "notes")
+    assert "notes is not an image" in alert(page)
+    ask(page, "Nodule")  # about the example
+
+
+@browser_test
+def test_answers_about_an_earlier_image_are_not_shown(page):
+    take_example(page)
+
+    def rename_study(route):
+        response = route.fetch()
+        route.fulfill(response=response, body=re.sub(r'"study": ?"\w+"', '"study": "before"', response.text()))
+
+    page.route("**/queue/data**", rename_study)  # as if another image had been opened since the question
+    with page.expect_response("**/queue/data**") as answered:
+        page.locator("#prompt textarea, #prompt input").first.fill("Heart")
+        page.locator("#ask").click()
+    assert '"study": "before"' in answered.value.text()
+    page.unroute("**/queue/data**")
+    ask(page, "Nodule")
+    assert page.locator("#viewer .row .query").all_inner_texts() == ["Nodule"]
+
+
+@browser_test
+def test_keyboard_and_clicks_on_a_zoomed_image(page):
+    take_example(page)
+    ask(page, "Pleural effusion; Heart")
+    page.locator("#viewer [data-set=threshold]").fill("0")
+    rows = page.locator("#viewer .row")
+    mark = rows.first.locator("input")
+    mark.press("Space")
+    assert not mark.is_checked() and rows.first.get_attribute("aria-current") == "false"
+    mark.press("Space")
+    rows.first.press("ArrowDown")
+    page.keyboard.press("Enter")
+    assert rows.nth(1).get_attribute("aria-current") == "true"
+    page.keyboard.press("Enter")
+    page.locator("#viewer .stage").press("+")
+    box = page.locator("#viewer .boxes g rect").last.bounding_box()
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    assert page.locator("#viewer .row.lit").count() == 1
+
+
+@browser_test
+def test_captions_lie_apart_and_inside(page):
+    take_example(page)
+    ask(page, "Pleural effusion; Heart; Right lower lung zone; Nodule")
+    page.locator("#viewer [data-set=threshold]").fill("0")
+    area = page.locator("#viewer svg").bounding_box()
+    captions = [text.bounding_box() for text in page.locator("#viewer .boxes text").all()]
+    assert len(captions) >= 4
+    for number, one in enumerate(captions):
+        assert one["x"] >= area["x"] - 1 and one["x"] + one["width"] <= area["x"] + area["width"] + 1
+        for other in captions[number + 1 :] if len(captions) <= 8 else ():
+            apart = one["x"] + one["width"] <= other["x"] + 1 or other["x"] + other["width"] <= one["x"] + 1
+            assert apart or abs(one["y"] - other["y"]) >= 14  # of letters of 12 pixels; boxes count the outline
+
+
+@browser_test
+def test_a_new_report_is_not_dimmed_by_an_earlier_choice(page):
+    take_example(page)
+    ask(page, "Nodule")
+    page.locator("#viewer .row").first.click()
+    page.get_by_role("tab", name="Report").click()
+    page.locator("#report").click()
+    page.wait_for_function("document.querySelectorAll('#viewer .row').length > 1")
+    assert page.locator("#viewer .row.lit, #viewer .boxes g.dim").count() == 0
 
 
 @browser_test
@@ -334,8 +482,6 @@ def test_bad_uploads_get_a_friendly_message(page, server, tmp_path):
     assert "notes.png is not an image" in alert(page)
     huge = tmp_path / "huge.png"
     PIL.Image.new("1", (10_000, 5_100)).save(huge)
-    page.locator("#upload").get_by_role("button", name=re.compile("remove|clear", re.IGNORECASE)).first.click()
-    page.wait_for_selector("#upload input[type=file]", state="attached")
     upload(page, huge)
     page.wait_for_function("document.querySelector('#status').innerText.includes('megapixels')")
     assert urllib.request.urlopen(server[0], timeout=10).status == 200
@@ -366,7 +512,7 @@ def test_prompts_that_are_none_or_too_many_or_a_script(page):
 @browser_test
 def test_two_users_see_only_their_own_image(browser, server, page, tmp_path):
     other = browser.new_context(viewport={"width": 360, "height": 740}).new_page()
-    other.set_default_timeout(20_000)
+    other.set_default_timeout(60_000)
     open_page(other, server[0])
     upload(page, save_image(tmp_path / "first.png", gradient(100, 200)))
     upload(other, save_image(tmp_path / "second.png", gradient(300, 150)))
@@ -378,8 +524,11 @@ def test_two_users_see_only_their_own_image(browser, server, page, tmp_path):
         assert user.locator("#viewer .row .query").all_inner_texts() == [query]
         image = user.locator("#viewer .film image")
         assert (image.get_attribute("width"), image.get_attribute("height")) == tuple(map(str, size))
-    # a narrow window needs no scrolling to the side
+    # a narrow window needs no scrolling to the side, shows all tabs, and the answer after the question
     assert other.evaluate("document.documentElement.scrollWidth") <= 360
+    tabs = [tab.bounding_box() for tab in other.get_by_role("tab").all() if tab.is_visible()]
+    assert len(tabs) == 4 and all(tab["x"] + tab["width"] <= 360 for tab in tabs)
+    other.wait_for_function("document.querySelector('#viewer .stage').getBoundingClientRect().top < 250")
     other.context.close()
 
 

@@ -1,10 +1,12 @@
 // The image with the boxes of all answers, and the list of answers beside it. The server sends
-// {study, image: {url, width, height, frame} | null, answers: [...], keep: bool}; everything else happens here.
+// {image: {url, width, height, frame, study, sr}, answers: [...], study, keep, only, note, file}, each of which may be
+// missing; everything else happens here.
 const COLOURS = ["#e69f00", "#56b4e9", "#2fbf8f", "#f0e442", "#4f8fe0", "#e8743b", "#cc79a7", "#b8b8b8"];
+const NOTICE = "Research use only, not a medical device.";
 const SVG = "http://www.w3.org/2000/svg";
 const find = (selector) => element.querySelector(selector);
 const stage = find(".stage"), svg = find("svg"), rows = find(".rows"), hint = find(".hint");
-const state = { study: null, image: null, answers: [], view: null, drawing: false, threshold: 0.5, width: 100, level: 50, invert: false };
+const state = { image: null, answers: [], view: null, drawing: false, threshold: 0.5, width: 100, level: 50, invert: false };
 let gesture = null;
 const filterId = "greys-" + Math.random().toString(36).slice(2);
 find("filter").id = filterId;
@@ -23,30 +25,40 @@ const tag = (name, className, text, parent) => {
   return node;
 };
 const say = (text) => { hint.textContent = text; };
+function setBusy(text) {
+  stage.classList.toggle("busy", text !== null);
+  stage.setAttribute("aria-busy", String(text !== null));
+  if (text !== null) say(text);
+}
+find(".picture").parentElement.addEventListener("busy", (event) => setBusy(event.detail));  // the page has asked
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 
 function receive(message) {
   if (!message || typeof message !== "object") return;
-  stage.classList.remove("busy");
+  if (message.study && (!state.image || message.study !== state.image.study)) return;  // about the image before this one
+  setBusy(null);
   if (message.image) {
     state.image = message.image;
     state.answers = [];
+    find("[data-do=sr]").hidden = !message.image.sr;
     showImage();
-  }
-  if (message.image === false) {  // the study was closed
-    Object.assign(state, { image: null, answers: [], view: null });
-    find(".film").replaceChildren();
-    find(".frame").replaceChildren();
-    stage.classList.remove("ready");
   }
   if (message.answers) {
     const start = message.keep ? state.answers : [];
-    if (message.only) start.forEach((answer) => { answer.shown = false; });
+    start.forEach((answer) => { answer.lit = false; if (message.only) answer.shown = false; });
     const fresh = message.answers.map((answer) => ({ ...answer, shown: true, lit: false }));
     state.answers = [...start, ...fresh].map((answer, index) => ({ ...answer, colour: COLOURS[index % COLOURS.length] }));
   }
   say(message.note || "");
-  drawAnswers();
+  if (message.image || message.answers) { drawAnswers(); reveal(); }
+  if (message.file) save(message.file.name, message.file.type, Uint8Array.from(atob(message.file.base64), (c) => c.charCodeAt(0)));
+}
+
+function reveal() {  // on a low or narrow window, the image is below what was clicked
+  const { top, bottom, height } = stage.getBoundingClientRect();
+  const seen = Math.min(bottom, window.innerHeight) - Math.max(top, 0);
+  const behavior = matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth";
+  if (seen < 0.6 * Math.min(height, window.innerHeight)) find(".picture").scrollIntoView({ block: "start", behavior });
 }
 
 function showImage() {
@@ -78,6 +90,7 @@ function fit() {
 function setView(view) {
   state.view = view;
   svg.setAttribute("viewBox", `${view.x} ${view.y} ${view.side} ${view.side}`);
+  stage.classList.toggle("zoomed", view.side < Math.max(state.image.width, state.image.height));
   drawBoxes();
 }
 
@@ -106,30 +119,48 @@ function greys() {  // window and level as in a viewer of radiographs: a linear 
 
 const above = (answer) => answer.regions.filter((region) => region.score > state.threshold);
 
+const ruler = document.createElement("canvas").getContext("2d");
+ruler.font = "600 12px system-ui, sans-serif";
+
 function drawBoxes() {
-  const layer = find(".boxes");
+  const layer = find(".boxes"), view = state.view, taken = [];
   layer.replaceChildren();
-  if (!state.view) return;
+  if (!view) return;
   const anyLit = state.answers.some((answer) => answer.lit);
-  const pixel = state.view.side / (svg.clientWidth || 500);  // image pixels for one of the screen
-  const order = [...state.answers.keys()].sort((a, b) => state.answers[a].lit - state.answers[b].lit);
+  const pixel = view.side / (Math.min(svg.clientWidth, svg.clientHeight) || 500);  // image pixels for one of the screen
+  // From the topmost down, so that its caption has the first choice of a place.
+  const order = [...state.answers.keys()].sort((a, b) => state.answers[a].lit - state.answers[b].lit).reverse();
   for (const index of order) {
     const answer = state.answers[index];
     if (!answer.shown) continue;
     for (const region of answer.kind === "box" ? [{ box: answer.asked, score: 1 }] : above(answer)) {
       const [x0, y0, x1, y1] = region.box;
       const group = make("g", { class: answer.lit ? "lit" : anyLit ? "dim" : "", "data-index": index }, layer);
+      layer.prepend(group);
       const box = make("rect", { x: x0, y: y0, width: Math.max(x1 - x0, 0), height: Math.max(y1 - y0, 0), stroke: answer.colour, fill: answer.colour }, group);
       if (answer.kind === "box") box.setAttribute("stroke-dasharray", "6 4");
       const caption = `${answer.kind === "box" ? "box" : answer.query} ${answer.kind === "box" ? "" : region.score.toFixed(2)}`.trim();
-      const top = y0 - 4 * pixel > state.view.y + 12 * pixel ? y0 - 4 * pixel : y0 + 14 * pixel;
-      const text = make("text", { x: x0 + 2 * pixel, y: top, fill: answer.colour, "font-size": 12 * pixel, "stroke-width": 3 * pixel }, group);
+      group.addEventListener("click", () => { if (!state.drawing) light(index, true); });
+      if (anyLit && !answer.lit) continue;
+      const words = caption.length > 34 ? caption.slice(0, 33) + "…" : caption;
+      const width = (ruler.measureText(words).width + 6) * pixel, height = 15 * pixel;
+      const [x, y] = freePlace(region.box, width, height, taken);
+      taken.push([x, y, width]);
+      const text = make("text", { x: x + 3 * pixel, y: y + 11.5 * pixel, fill: answer.colour }, group);
       text.style.fontSize = `${12 * pixel}px`;
       text.style.strokeWidth = `${3 * pixel}px`;
-      text.textContent = caption.length > 34 ? caption.slice(0, 33) + "…" : caption;
-      group.addEventListener("click", () => { if (!state.drawing) light(index, true); });
+      text.textContent = words;
     }
   }
+}
+
+function freePlace([x0, y0, x1, y1], width, height, taken) {  // at an edge of a box, where no caption is yet
+  const { x: left, y: top, side } = state.view;
+  const lines = [y0 - height, y1, ...Array.from({ length: 8 }, (_, step) => y0 + step * height), y1 - height];
+  const places = lines.flatMap((y) => [[x0, y], [x1 - width, y]])
+    .map(([x, y]) => [clamp(x, left, left + side - width), clamp(y, top, top + side - height)]);
+  const meets = ([x, y]) => taken.some((other) => x < other[0] + other[2] && other[0] < x + width && Math.abs(y - other[1]) < height);
+  return places.find((place) => !meets(place)) || places[0];
 }
 
 function light(index, scroll) {
@@ -144,12 +175,12 @@ function refresh() {  // what changes without the rows being made again, so that
     const row = rows.children[index], found = answer.kind === "box" || above(answer).length > 0;
     row.classList.toggle("lit", answer.lit);
     row.classList.toggle("absent", !found);
-    row.setAttribute("aria-selected", String(answer.lit));
+    row.setAttribute("aria-current", String(answer.lit));
     row.querySelector("input").checked = answer.shown;
     const count = above(answer).length;
     row.querySelector(".about").textContent = answer.kind === "box"
       ? `box ${answer.asked.map(Math.round).join(", ")}`
-      : found ? `${count} ${count === 1 ? "region" : "regions"}` : "not found above this score; the sentence is about wherever the model looked";
+      : found ? `${count} ${count === 1 ? "region" : "regions"}: ${above(answer).map((region) => region.score.toFixed(2)).join(", ")}` : "not found above this score; the sentence is about wherever the model looked";
   });
   compare();
   drawBoxes();
@@ -161,16 +192,16 @@ function drawAnswers() {
     const row = document.createElement("div");
     row.className = "row";
     row.tabIndex = 0;
-    row.setAttribute("role", "option");
+    row.setAttribute("role", "listitem");
     row.style.setProperty("--row-colour", answer.colour);
     const box = document.createElement("input");
     box.type = "checkbox";
     box.setAttribute("aria-label", `Show boxes of ${answer.query}`);
     box.addEventListener("click", (event) => event.stopPropagation());
-    box.addEventListener("change", () => { answer.shown = box.checked; refresh(); });
+    box.addEventListener("change", () => { answer.shown = box.checked; answer.lit = answer.lit && answer.shown; refresh(); });
     row.appendChild(box);
     tag("span", "query", answer.kind === "box" ? "What is in this box?" : answer.query, row);
-    tag("span", "score", answer.kind === "box" ? "" : answer.score.toFixed(2), row);
+    tag("span", "score", answer.kind === "box" ? "" : answer.score.toFixed(2), row).title = "Score of the prompt as a whole; each region has its own";
     tag("span", "about", "", row);
     if (answer.sentence !== null && answer.sentence !== undefined) {
       const sentence = tag("span", "sentence", answer.sentence, row);
@@ -186,6 +217,7 @@ function drawAnswers() {
     }
     row.addEventListener("click", () => light(index));
     row.addEventListener("keydown", (event) => {
+      if (event.target !== row) return;  // Space on the check mark is its own
       const next = { ArrowDown: index + 1, ArrowUp: index - 1 }[event.key];
       if (next !== undefined && rows.children[next]) { rows.children[next].focus(); event.preventDefault(); }
       if (event.key === "Enter" || event.key === " ") { light(index); event.preventDefault(); }
@@ -237,11 +269,16 @@ svg.addEventListener("pointerdown", (event) => {
   if (!state.view || event.button !== 0) return;
   const start = place(event);
   gesture = { start, view: state.view, moved: false };
-  if (state.drawing || state.view.side < Math.max(state.image.width, state.image.height)) svg.setPointerCapture(event.pointerId);
+  gesture.from = [event.clientX, event.clientY];
 });
 svg.addEventListener("pointermove", (event) => {
   if (!gesture) return;
   const now = place(event);
+  if (!gesture.moved) {  // a click that trembles is still one; captured, it would not reach the box beneath
+    if (Math.hypot(event.clientX - gesture.from[0], event.clientY - gesture.from[1]) < 4) return;
+    gesture.moved = true;
+    if (state.drawing || stage.classList.contains("zoomed")) svg.setPointerCapture(event.pointerId);
+  }
   if (state.drawing) {
     const { width, height } = state.image;
     const xs = [gesture.start.x, now.x].map((v) => clamp(v, 0, width)).sort((a, b) => a - b);
@@ -259,23 +296,22 @@ const end = (event) => {
   const { box } = gesture;
   gesture = null;
   find(".drawing").replaceChildren();
-  if (!state.drawing || event.type === "pointercancel" || !box) return;
-  const pixel = state.view.side / svg.clientWidth;
-  if (box[2] - box[0] < 4 * pixel || box[3] - box[1] < 4 * pixel) { say("That box is too small: drag from one corner to the other."); return; }
+  if (!state.drawing || event.type === "pointercancel") return;
+  const pixel = state.view.side / Math.min(svg.clientWidth, svg.clientHeight);
+  if (!box || box[2] - box[0] < 4 * pixel || box[3] - box[1] < 4 * pixel) { say("That box is too small: drag from one corner to the other."); return; }
   setDrawing(false);
   ask(box);
 };
 svg.addEventListener("pointerup", end);
 svg.addEventListener("pointercancel", end);
 svg.addEventListener("wheel", (event) => {
-  if (!state.view) return;
+  if (!state.view || (event.deltaY > 0 && !stage.classList.contains("zoomed"))) return;  // then the page scrolls
   event.preventDefault();
   zoom(event.deltaY > 0 ? 1.15 : 1 / 1.15, place(event));
 }, { passive: false });
 
 function ask(box) {
-  stage.classList.add("busy");
-  say("Asking…");
+  setBusy("Asking…");
   trigger("ask_box", { box: box.map((edge) => Math.round(edge * 100) / 100) });
 }
 
@@ -287,9 +323,14 @@ const actions = {
   invert: (button) => { state.invert = !state.invert; button.setAttribute("aria-pressed", String(state.invert)); greys(); },
   all: () => { state.answers.forEach((answer) => { answer.shown = true; answer.lit = false; }); refresh(); },
   clear: () => { state.answers = []; drawAnswers(); },
-  text: () => save("report.txt", "text/plain", sentences().join("\n") + "\n"),
+  text: () => (sentences().length ? save("report.txt", "text/plain", `${[...sentences(), "", NOTICE].join("\n")}\n`) : say("No sentence is shown that could be saved.")),
   json: () => save("answers.json", "application/json", JSON.stringify(exported(), null, 2) + "\n"),
   png: picture,
+  sr: () => {
+    if (!visible().length) { say("There is nothing to save yet."); return; }
+    setBusy("Writing the structured report…");
+    trigger("save_sr", { result: exported() });
+  },
 };
 element.addEventListener("click", (event) => {
   const button = event.target.closest("[data-do]");
@@ -319,16 +360,16 @@ const sentences = () => visible().filter((a) => a.sentence && (a.kind === "box" 
 function exported() {
   const { width, height, frame } = state.image || {};
   return {
-    notice: "Research use only, not a medical device.",
+    notice: NOTICE,
     image: { width, height, frame }, threshold: state.threshold,
     answers: visible().map(({ query, kind, score, sentence, asked, edited, report, ...rest }) => ({
       query, kind, score, sentence, box: asked || null, edited: Boolean(edited), of_report: Boolean(report),
-      regions: above(rest), prompt_type: rest.prompt_type || null,
+      regions: kind === "box" ? rest.regions : above(rest), prompt_type: rest.prompt_type || null,
     })),
   };
 }
 function save(name, type, content) {
-  if (!state.answers.length) { say("There is nothing to save yet."); return; }
+  if (!visible().length) { say("There is nothing to save yet."); return; }
   const link = document.createElement("a");
   link.href = URL.createObjectURL(content instanceof Blob ? content : new Blob([content], { type }));
   link.download = name;
@@ -346,9 +387,10 @@ async function picture() {  // the whole image with its boxes, sentences below
   const W = Math.round(width * scale), H = Math.round(height * scale);
   context.font = "16px system-ui, sans-serif";
   for (const answer of visible()) {
-    if (!answer.sentence || !(answer.kind === "box" || answer.report || above(answer).length)) continue;
+    if (answer.kind !== "box" && !answer.report && !above(answer).length) continue;
+    const name = answer.kind === "box" ? "Box" : `${answer.query} (${answer.score.toFixed(2)})`;
     let line = "";
-    for (const word of answer.sentence.split(/\s+/)) {
+    for (const word of `${name}: ${answer.sentence || "found"}`.split(/\s+/)) {
       if (line && context.measureText(`${line} ${word}`).width > W - 30) { lines.push([line, answer.colour]); line = word; } else line = line ? `${line} ${word}` : word;
     }
     lines.push([line, answer.colour]);
@@ -369,7 +411,7 @@ async function picture() {  // the whole image with its boxes, sentences below
   }
   lines.forEach(([line, colour], index) => { context.fillStyle = colour; context.fillText(line, 15, H + 26 + index * 24); });
   context.fillStyle = "#999";
-  context.fillText("Research use only, not a medical device.", 15, H + 26 + lines.length * 24);
+  context.fillText(NOTICE, 15, H + 26 + lines.length * 24);
   canvas.toBlob((blob) => {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(blob);
