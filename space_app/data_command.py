@@ -201,7 +201,7 @@ def check_command(
 ) -> None:
     """Look whether a raw download is complete and readable, before hours are spent on it.
 
-    Exit code 2 if it could not be prepared as it is.
+    Exit code 2 if anything is missing or damaged, even if --max-rejected of 'chex data prepare' would allow it.
     """
     with reported("check", debug):
         from training.data.preparation import source_class

@@ -37,7 +37,7 @@ _SEARCHED_FILES = 50_000
 class Problem:
     """
     Attributes:
-        severity: "error" if preparation would stop or be wrong, "warning" if it would leave out images, "info".
+        severity: "error" if something is missing, damaged or contradictory, "warning" for what was allowed, "info".
         path: File or folder that it is about.
         message: One paragraph with the remedy.
     """
