@@ -1,5 +1,6 @@
 """The page in a real browser, served by a real second process; and the parts beneath it."""
 
+import base64
 import json
 import os
 import re
@@ -472,6 +473,18 @@ def test_uploads_are_answered_and_deleted(page, server, tmp_path, kind):
     assert json.loads(saved(page, "json").read_text())["image"]["width"] == 400
     content = path.read_bytes()  # by content: Gradio may give the copy another name
     assert not [file for file in server[2].rglob("*") if file.is_file() and file.read_bytes() == content]
+
+
+@browser_test
+def test_a_file_is_dropped(page, tmp_path):
+    content = base64.b64encode(save_image(tmp_path / "scan.jpg", gradient(200, 260)).read_bytes()).decode()
+    script = """content => {
+        const transfer = new DataTransfer(), bytes = Uint8Array.from(atob(content), (c) => c.charCodeAt(0));
+        transfer.items.add(new File([bytes], "dropped.jpg", { type: "image/jpeg" }));
+        return transfer;
+    }"""
+    page.dispatch_event("#upload button", "drop", {"dataTransfer": page.evaluate_handle(script, content)})
+    page.wait_for_function("document.querySelector('#viewer .hint').innerText.includes('dropped.jpg, 260 x 200')")
 
 
 @browser_test
