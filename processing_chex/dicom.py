@@ -72,6 +72,10 @@ def read_dicom(path: str | PathLike) -> np.ndarray:
     try:
         dataset = pydicom.dcmread(path, force=True)
         modality = str(dataset.get("Modality", "") or "").strip().upper()
+        frames, samples = _integer(dataset, "NumberOfFrames", 1), _integer(dataset, "SamplesPerPixel", 1)
+        photometric = str(dataset.get("PhotometricInterpretation", "MONOCHROME2") or "MONOCHROME2").strip()
+        syntax = dataset.file_meta.get("TransferSyntaxUID") or pydicom.uid.ImplicitVRLittleEndian
+        dataset.file_meta.TransferSyntaxUID = syntax = pydicom.uid.UID(syntax)
     except Exception as error:  # damaged files raise nearly anything, from EOFError to struct.error
         raise ChexInputError(f"{path} is a damaged DICOM file ({_one_line(error)}): export it again.") from error
 
@@ -83,16 +87,15 @@ def read_dicom(path: str | PathLike) -> np.ndarray:
         )
     if not any(keyword in dataset for keyword in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise ChexInputError(f"{path} is a DICOM file without pixel data: choose the file that holds the image.")
-    if (frames := _integer(dataset, "NumberOfFrames", 1)) > 1:
+    if frames > 1:
         raise ChexInputError(f"{path} has {frames} frames, but ChEX explains single images: export one as PNG.")
-    photometric = str(dataset.get("PhotometricInterpretation", "MONOCHROME2") or "MONOCHROME2").strip()
-    if photometric not in ("MONOCHROME1", "MONOCHROME2") or _integer(dataset, "SamplesPerPixel", 1) != 1:
+    if photometric not in ("MONOCHROME1", "MONOCHROME2") or samples != 1:
         raise ChexInputError(
             f"{path} is a colour image ({photometric}), but a radiograph has one grey channel: "
             "export the original radiograph, or convert it to a grey PNG."
         )
 
-    stored = _stored_values(dataset, path)
+    stored = _stored_values(dataset, syntax, path)
     try:
         unit = _window(dataset, *_modality_transform(dataset, stored))
     except Exception as error:  # malformed numbers or tables, which pydicom only parses on access
@@ -102,11 +105,8 @@ def read_dicom(path: str | PathLike) -> np.ndarray:
     return (1.0 - unit if photometric == "MONOCHROME1" else unit).astype(np.float32)
 
 
-def _stored_values(dataset: "pydicom.Dataset", path: str | PathLike) -> np.ndarray:
+def _stored_values(dataset: "pydicom.Dataset", syntax: "pydicom.uid.UID", path: str | PathLike) -> np.ndarray:
     """The decoded pixels (height, width); pydicom clears the bits beyond `BitsStored`."""
-    if "TransferSyntaxUID" not in dataset.file_meta:
-        dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
-    syntax = dataset.file_meta.TransferSyntaxUID
     try:
         pixels = dataset.pixel_array
     except Exception as error:  # each decoder plugin has its own exceptions

@@ -156,6 +156,26 @@ def test_dicom_full_range_without_window(tmp_path, dtype, bits, photometric):
     assert np.allclose(load_image(path), 1 - expected if photometric == "MONOCHROME1" else expected, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of pydicom, about the damage
+def test_dicom_with_any_damaged_byte_is_read_or_refused(tmp_path):
+    """Value types, lengths and values of the header, one byte at a time: never another exception."""
+    content = save_dicom(tmp_path / "whole", gradient(8, 8).astype(np.uint8)).read_bytes()
+    path = tmp_path / "damaged"
+    refused = 0
+    for place in range(128, len(content) - 64):
+        damaged = bytearray(content)
+        damaged[place] ^= 0x15
+        path.write_bytes(damaged)
+        try:
+            pixels = load_image(path)
+        except ChexInputError as error:
+            assert str(path) in str(error)
+            refused += 1
+        else:
+            assert pixels.dtype == np.float32 and pixels.min() >= 0 and pixels.max() <= 1
+    assert refused > 50
+
+
 def test_dicom_signed_and_overlay_bits(tmp_path):
     signed = gradient(10, 10, 4095, np.int16) - 2048
     path = save_dicom(tmp_path / "signed", signed.astype(np.int16), bits_stored=12)
