@@ -259,6 +259,7 @@ def build_page(pipeline: ChexPipeline, model_name: str, on_gpu: Callable[[Callab
                         placeholder="x0,y0,x1,y1 in pixels",
                         max_length=100,
                         scale=4,
+                        min_width=240,
                         elem_id="box",
                     )
                     ask_there = gr.Button(
@@ -279,6 +280,7 @@ def build_page(pipeline: ChexPipeline, model_name: str, on_gpu: Callable[[Callab
                             value="phantom",
                             label="Findings that are looked for, besides 15 regions",
                             scale=3,
+                            min_width=240,
                         )
                         report = gr.Button(
                             "Write the report",
