@@ -4,6 +4,7 @@ model from the variable `CHEX_MODEL`.
 """
 
 import argparse
+import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--open", action="store_true", help="open a browser")
     arguments = parser.parse_args(argv)
 
+    gc.disable()  # searching what imports create for garbage would take a quarter of the start
     from processing_chex import ChexInputError
 
     try:
@@ -66,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.exit(2, f"python -m space_app: error: {error}\n")
     from space_app.page import LAUNCH
 
+    gc.freeze()  # libraries and model stay until the end
+    gc.enable()
     page.queue(default_concurrency_limit=4, max_size=128)
     page.launch(server_name=arguments.host, server_port=arguments.port, inbrowser=arguments.open, **LAUNCH)
 
