@@ -60,16 +60,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
 
     gc.disable()  # searching what imports create for garbage would take a quarter of the start
-    from processing_chex import ChexInputError
-
     try:
-        page = build(arguments.model)
-    except ChexInputError as error:
-        parser.exit(2, f"python -m space_app: error: {error}\n")
-    from space_app.page import LAUNCH
+        from processing_chex import ChexInputError
 
-    gc.freeze()  # libraries and model stay until the end
-    gc.enable()
+        try:
+            page = build(arguments.model)
+        except ChexInputError as error:
+            parser.exit(2, f"python -m space_app: error: {error}\n")
+        from space_app.page import LAUNCH
+
+        gc.freeze()  # libraries and model stay until the end
+    finally:
+        gc.enable()
     page.queue(default_concurrency_limit=4, max_size=128)
     page.launch(server_name=arguments.host, server_port=arguments.port, inbrowser=arguments.open, **LAUNCH)
 
