@@ -385,15 +385,18 @@ def test_a_bad_upload_leaves_the_image_that_is_shown(page, tmp_path):
 def test_answers_about_an_earlier_image_are_not_shown(page):
     take_example(page)
 
+    served = []  # the browser may have dropped the body of a stream when one asks it
+
     def rename_study(route):
         response = route.fetch()
-        route.fulfill(response=response, body=re.sub(r'"study": ?"\w+"', '"study": "before"', response.text()))
+        served.append(re.sub(r'"study": ?"\w+"', '"study": "before"', response.text()))
+        route.fulfill(response=response, body=served[-1])
 
     page.route("**/queue/data**", rename_study)  # as if another image had been opened since the question
-    with page.expect_response("**/queue/data**") as answered:
+    with page.expect_response("**/queue/data**"):
         page.locator("#prompt textarea, #prompt input").first.fill("Heart")
         page.locator("#ask").click()
-    assert '"study": "before"' in answered.value.text()
+    assert any('"study": "before"' in body for body in served)
     page.unroute("**/queue/data**")
     ask(page, "Nodule")
     assert page.locator("#viewer .row .query").all_inner_texts() == ["Nodule"]
