@@ -7,6 +7,7 @@ import argparse
 import gc
 import os
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,14 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 DEFAULT_MODEL = "runs/demo/model"
 
 
-def build(model: str) -> Any:
-    """The page for a model folder or the name of a repository on the Hub.
+def load(model: str) -> Any:
+    """The `StudyReader` of a model folder or of a repository on the Hub.
 
     Raises:
         ChexInputError: There is no such model, or it is damaged.
     """
-    try:
-        import spaces  # on ZeroGPU, a GPU is there only while a decorated function runs
-
-        on_gpu = spaces.GPU
-    except ImportError:
-        on_gpu = None
-    from huggingface_hub import snapshot_download
-
     from space_app.explain import ChexExplainer
-    from space_app.page import build_page
+    from space_app.study import StudyReader
 
     folder = model
     if (
@@ -40,9 +33,10 @@ def build(model: str) -> Any:
         and not model.startswith((".", "/"))
         and model != DEFAULT_MODEL
     ):
+        from huggingface_hub import snapshot_download
+
         folder = snapshot_download(model)
-    shown = "/".join(Path(model).parts[-2:]) if Path(model).exists() else model
-    return build_page(ChexExplainer.from_pretrained(folder), shown, on_gpu)
+    return StudyReader(ChexExplainer.from_pretrained(folder))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,21 +53,44 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--open", action="store_true", help="open a browser")
     arguments = parser.parse_args(argv)
 
+    try:
+        import spaces  # on ZeroGPU, a GPU is there only while a decorated function runs
+
+        on_gpu = spaces.GPU
+    except ImportError:
+        on_gpu = None
+    shown = "/".join(Path(arguments.model).parts[-2:]) if Path(arguments.model).exists() else arguments.model
+    loading: Future = Future()
+    # A local model is loaded behind a page that is there already, in half the time that its libraries take to import.
+    behind = on_gpu is None and (Path(arguments.model) / "config.json").is_file()
+    page = None
     gc.disable()  # searching what imports create for garbage would take a quarter of the start
     try:
-        from processing_chex import ChexInputError
+        if not behind:
+            finish_loading(loading, arguments.model, parser)
+        from space_app.page import LAUNCH, build_page
 
-        try:
-            page = build(arguments.model)
-        except ChexInputError as error:
-            parser.exit(2, f"python -m space_app: error: {error}\n")
-        from space_app.page import LAUNCH
-
+        page = build_page(loading, shown, on_gpu)
+        page.queue(default_concurrency_limit=4, max_size=128)
+        address = {"server_name": arguments.host, "server_port": arguments.port, "inbrowser": arguments.open}
+        page.launch(prevent_thread_lock=True, **address, **LAUNCH)
+        if behind:
+            finish_loading(loading, arguments.model, parser)
         gc.freeze()  # libraries and model stay until the end
     finally:
         gc.enable()
-    page.queue(default_concurrency_limit=4, max_size=128)
-    page.launch(server_name=arguments.host, server_port=arguments.port, inbrowser=arguments.open, **LAUNCH)
+    page.block_thread()
+
+
+def finish_loading(loading: Future, model: str, parser: argparse.ArgumentParser) -> None:
+    """Loads the model for those who wait for it; without it, the process ends."""
+    from processing_chex import ChexInputError
+
+    try:
+        loading.set_result(load(model))
+    except ChexInputError as error:
+        loading.set_exception(error)
+        parser.exit(2, f"python -m space_app: error: {error}\n")
 
 
 if __name__ == "__main__":

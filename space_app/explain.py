@@ -44,15 +44,16 @@ def default_prompts() -> list[str]:
     return [prompts.box[name][0] for name in prompts.names]
 
 
-def parse_box(text: str) -> list[float]:
-    """Four numbers from `x0,y0,x1,y1`; whether they fit the image is checked with the image."""
+def parse_box(text: str, option: str = "--box ") -> list[float]:
+    """Four numbers from `x0,y0,x1,y1`; whether they fit the image is checked with the image. `option` begins the error
+    of another text."""
     try:
         values = [float(value) for value in text.split(",")]
     except ValueError:
         values = []
     if len(values) != 4 or not all(map(math.isfinite, values)):
         raise ChexInputError(
-            f"--box '{text}' is not a box: write four numbers x0,y0,x1,y1 in pixels, like 10,20,200,180."
+            f"{option}'{text}' is not a box: write four numbers x0,y0,x1,y1 in pixels, like 10,20,200,180."
         )
     return values
 

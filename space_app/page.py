@@ -1,4 +1,8 @@
-"""The page: a radiograph, questions about it as text or box, a report. Built with Gradio; `app` serves it."""
+"""
+The page: a radiograph, questions about it as text or box, a report. Built with Gradio; `app` serves it.
+
+Nothing of PyTorch and Transformers is imported at the top: the page is there before they and the model are.
+"""
 
 import base64
 import contextlib
@@ -6,22 +10,20 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from concurrent.futures import Future
+from functools import lru_cache, wraps
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 import numpy as np
 import PIL.Image
 
-from modeling_chex.pipeline_chex import ChexPipeline
-from processing_chex import ChexInputError
-from processing_chex.prompt_sets import class_prompts
-from processing_chex.vocabulary import ANATOMY_NAMES
-from space_app.explain import parse_box
-from space_app.study import Study, StudyReader, data_uri, write_sr
+
+if TYPE_CHECKING:
+    from space_app.study import Study, StudyReader
 
 
 ASSETS = Path(__file__).parent / "assets"
@@ -68,19 +70,14 @@ LAUNCH: dict[str, Any] = {
 
 
 # Functions, not classes: Gradio writes a stub file beside every class that is derived from a component.
-def examples_component(images: Sequence[PIL.Image.Image], **kwargs: Any) -> gr.HTML:
-    """Small pictures to choose from. Triggers `pick` with their index."""
-    pictures = []
-    for number, image in enumerate(images):
-        source = data_uri(np.asarray(image.resize((160, 160)), dtype=np.float32) / 255)
-        label = f"Synthetic radiograph {number + 1}"
-        picture = f'<img alt="{label}" src="{source}">'
-        pictures.append(f'<button type="button" data-index="{number}" title="{label}">{picture}</button>')
+def examples_component(**kwargs: Any) -> gr.HTML:
+    """Small pictures to choose from, the value, which may come later. Triggers `pick` with their index."""
     return gr.HTML(
-        html_template=f"<p>Or take an example (synthetic)</p><div>{''.join(pictures)}</div>",
+        value="",
+        html_template="<p>Or take an example (synthetic)</p><div>${value}</div>",
         css_template="""
             p { margin: 0 0 .3rem; font-size: .875rem; }
-            div { display: grid; grid-template-columns: repeat(4, minmax(0, 5rem)); gap: .4rem; }
+            div { display: grid; grid-template-columns: repeat(4, minmax(0, 5rem)); gap: .4rem; min-height: 5rem; }
             button { padding: 0; border: 2px solid transparent; border-radius: .4rem; line-height: 0; cursor: pointer }
             button:hover, button:focus-visible { border-color: var(--color-accent); outline: none; }
             img { width: 100%; aspect-ratio: 1; border-radius: .3rem; display: block; margin: 0; }
@@ -111,10 +108,34 @@ def viewer_component(**kwargs: Any) -> gr.HTML:
 
 @lru_cache
 def example_images() -> tuple[PIL.Image.Image, ...]:
-    """Synthetic radiographs, drawn when the page starts."""
+    """Synthetic radiographs, drawn when they are needed first."""
     from training.data.phantom import render_phantom
 
     return tuple(PIL.Image.fromarray(render_phantom(7, index, 512).image) for index in (3, 11, 20, 42)[:NUM_EXAMPLES])
+
+
+@lru_cache
+def example_buttons() -> str:
+    """The pictures that `examples_component` shows."""
+    from space_app.study import data_uri
+
+    buttons = []
+    for number, image in enumerate(example_images()):
+        source = data_uri(np.asarray(image.resize((160, 160)), dtype=np.float32) / 255)
+        label = f"Synthetic radiograph {number + 1}"
+        picture = f'<img alt="{label}" src="{source}">'
+        buttons.append(f'<button type="button" data-index="{number}" title="{label}">{picture}</button>')
+    return "".join(buttons)
+
+
+def prompt_choices() -> tuple[list[str], list[str]]:
+    """Findings and anatomical regions to choose from."""
+    from processing_chex.prompt_sets import class_prompts
+    from processing_chex.vocabulary import ANATOMY_NAMES
+
+    findings = [class_prompts("chexpert").box[name][0] for name in class_prompts("chexpert").names]
+    findings = list(dict.fromkeys([*findings, *(p[0] for p in class_prompts("phantom").box.values())]))
+    return findings, [name[0].upper() + name[1:] for name in ANATOMY_NAMES]
 
 
 def split_prompts(text: str, *chosen: Sequence[str]) -> list[str]:
@@ -123,108 +144,137 @@ def split_prompts(text: str, *chosen: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(prompt for prompt in (*typed, *(c for part in chosen for c in part or ())) if prompt))
 
 
-def build_page(pipeline: ChexPipeline, model_name: str, on_gpu: Callable[[Callable], Callable] | None = None) -> Any:
+def build_page(
+    loading: "Future[StudyReader]", model_name: str, on_gpu: Callable[[Callable], Callable] | None = None
+) -> Any:
     """
     The page as `gr.Blocks`; `LAUNCH` has what belongs to its `launch`.
 
     Args:
-        pipeline: Model and processor, shared by all users.
+        loading: Model and processor, shared by all users. What is asked before they are there waits.
         model_name: Shown on the page.
         on_gpu: Wraps what needs the GPU, such as `spaces.GPU`.
     """
-    reader = StudyReader(pipeline)
     on_gpu = on_gpu or (lambda function: function)
-    findings = [class_prompts("chexpert").box[name][0] for name in class_prompts("chexpert").names]
-    findings = list(dict.fromkeys([*findings, *(p[0] for p in class_prompts("phantom").box.values())]))
-    anatomy = [name[0].upper() + name[1:] for name in ANATOMY_NAMES]
+    # Gradio finds `gr.EventData` among the annotations of an event only if all of them exist: its study is Any.
 
     @on_gpu
-    def open_study(image: Any, name: str | None = None) -> Study:
-        return reader.open(image, name)
+    def open_study(image: Any, name: str | None = None) -> "Study":
+        return loading.result().open(image, name)
 
     @on_gpu
-    def answer(study: Study, prompts: Sequence[str], boxes: Sequence[Sequence[float]]) -> tuple[list[dict], float]:
-        return reader.ask(study, prompts, boxes)
+    def answer(study: "Study", prompts: Sequence[str], boxes: Sequence[Sequence[float]]) -> tuple[list[dict], float]:
+        return loading.result().ask(study, prompts, boxes)
 
     @on_gpu
-    def report_of(study: Study, classes: str) -> tuple[list[dict], float]:
-        return reader.report(study, classes)
+    def report_of(study: "Study", classes: str) -> tuple[list[dict], float]:
+        return loading.result().report(study, classes)
 
-    def show(study: Study) -> tuple[Study, dict, str]:
-        image = study.for_viewer() | {"sr": study.header is not None and find_spec("highdicom") is not None}
-        megapixels = f"{study.width} x {study.height} pixels"
-        note = f"{study.name}, {megapixels}: read and encoded in {study.seconds:.2f} s."
-        return study, message(image=image, answers=[], note=note), ""
+    def explained(function: Callable) -> Callable:
+        """An event that shows on the page what is wrong with its input."""
 
-    def upload(path: str) -> tuple:
+        @wraps(function)
+        def event(*inputs: Any) -> dict:
+            loading.result()
+            from processing_chex import ChexInputError
+
+            try:
+                return function(*inputs)
+            except ChexInputError as error:
+                return trouble(str(error))
+
+        return event
+
+    def trouble(text: str) -> dict:
+        """The study and what is shown of it stay."""
+        return {viewer: message(note=""), status: f'<p role="alert">{escape(text)}</p>'}
+
+    def fill() -> dict:
+        writes_sentences = loading.result().writes_sentences
+        findings, anatomy = prompt_choices()
+        return {
+            examples: example_buttons(),
+            finding: gr.Dropdown(findings),
+            region: gr.Dropdown(anatomy),
+            report_tab: gr.Tab(visible=writes_sentences),
+            viewer: message(note=""),
+        }
+
+    def show(opened: "Study") -> dict:
+        image = opened.for_viewer() | {"sr": opened.header is not None and find_spec("highdicom") is not None}
+        megapixels = f"{opened.width} x {opened.height} pixels"
+        note = f"{opened.name}, {megapixels}: read and encoded in {opened.seconds:.2f} s."
+        return {study: opened, viewer: message(image=image, answers=[], note=note), status: ""}
+
+    @explained
+    def read(path: str) -> dict:
         try:
-            return None, *show(open_study(path))
-        except ChexInputError as error:
-            return None, *_trouble(error)
+            return show(open_study(path))
         finally:
             _forget(path)
 
-    def choose(event: gr.EventData) -> tuple:
+    def upload(path: str) -> dict:
+        return {file: None, **read(path)}
+
+    @explained
+    def choose(event: gr.EventData) -> dict:
         index = (event._data or {}).get("index")
         if index not in range(len(example_images())):
-            return _trouble(ChexInputError("There is no such example."))
+            return trouble("There is no such example.")
         return show(open_study(example_images()[index], f"Synthetic radiograph {index + 1}"))
 
-    def respond(study: Study | None, prompts: Sequence[str], boxes: Sequence[Sequence[float]], only: bool) -> tuple:
+    def respond(study: Any, prompts: Sequence[str], boxes: Sequence[Sequence[float]], only: bool = False) -> dict:
         if study is None:
-            return _trouble(ChexInputError("Choose an image first: upload one, or take an example."))[1:]
-        try:
-            answers, seconds = answer(study, prompts, boxes)
-        except ChexInputError as error:
-            return _trouble(error)[1:]
+            return trouble("Choose an image first: upload one, or take an example.")
+        answers, seconds = answer(study, prompts, boxes)
         note = f"{len(answers)} {'answer' if len(answers) == 1 else 'answers'} in {seconds:.2f} s."
-        return message(study=study.key, answers=answers, keep=True, only=only, note=note), ""
+        return {viewer: message(study=study.key, answers=answers, keep=True, only=only, note=note), status: ""}
 
-    def ask_text(study: Study | None, text: str, *chosen: Sequence[str]) -> tuple:
-        return respond(study, split_prompts(text or "", *chosen), [], only=False)
+    @explained
+    def ask_text(study: Any, text: str, *chosen: Sequence[str]) -> dict:
+        return respond(study, split_prompts(text or "", *chosen), [])
 
-    def ask_box(study: Study | None, event: gr.EventData) -> tuple:
+    @explained
+    def ask_box(study: Any, event: gr.EventData) -> dict:
         box = (event._data or {}).get("box")
         if not isinstance(box, list) or len(box) != 4:
-            return _trouble(ChexInputError("That is no box: drag from one corner to the other."))[1:]
-        return respond(study, [], [box], only=False)
+            return trouble("That is no box: drag from one corner to the other.")
+        return respond(study, [], [box])
 
-    def ask_typed_box(study: Study | None, text: str) -> tuple:
-        try:
-            return respond(study, [], [parse_box(text or "")], only=False)
-        except ChexInputError as error:
-            return _trouble(ChexInputError(str(error).replace("--box ", "")))[1:]
+    @explained
+    def ask_typed_box(study: Any, text: str) -> dict:
+        from space_app.explain import parse_box
 
-    def compare(study: Study | None, first: str, second: str) -> tuple:
+        return respond(study, [], [parse_box(text or "", option="")])
+
+    @explained
+    def compare(study: Any, first: str, second: str) -> dict:
         prompts = [text.strip() for text in (first or "", second or "") if text.strip()]
         if len(set(prompts)) != 2:
-            return _trouble(ChexInputError("Comparing needs two different prompts."))[1:]
+            return trouble("Comparing needs two different prompts.")
         return respond(study, prompts, [], only=True)
 
-    def write_report(study: Study | None, classes: str) -> tuple:
+    @explained
+    def write_report(study: Any, classes: str) -> dict:
         if study is None:
-            return _trouble(ChexInputError("Choose an image first: upload one, or take an example."))[1:]
-        try:
-            sentences, seconds = report_of(study, classes)
-        except ChexInputError as error:
-            return _trouble(error)[1:]
+            return trouble("Choose an image first: upload one, or take an example.")
+        sentences, seconds = report_of(study, classes)
         count = f"{len(sentences)} {'sentence' if len(sentences) == 1 else 'sentences'}"
         note = f"{count} in {seconds:.2f} s; each can be edited." if sentences else "Nothing is worth a sentence."
-        return message(study=study.key, answers=sentences, keep=True, only=True, note=note), ""
+        return {viewer: message(study=study.key, answers=sentences, keep=True, only=True, note=note), status: ""}
 
-    def save_sr(study: Study | None, event: gr.EventData) -> tuple:
+    @explained
+    def save_sr(study: Any, event: gr.EventData) -> dict:
+        from space_app.study import write_sr
+
         if study is None:
-            return _trouble(ChexInputError("Choose an image first: upload a DICOM file."))[1:]
-        try:
-            content = write_sr(study, (event._data or {}).get("result"), model_name)
-        except ChexInputError as error:
-            return _trouble(error)[1:]
-        file = {"name": "report.dcm", "type": "application/dicom", "base64": base64.b64encode(content).decode()}
-        return message(study=study.key, file=file), ""
+            return trouble("Choose an image first: upload a DICOM file.")
+        content = write_sr(study, (event._data or {}).get("result"), model_name)
+        saved = {"name": "report.dcm", "type": "application/dicom", "base64": base64.b64encode(content).decode()}
+        return {viewer: message(study=study.key, file=saved), status: ""}
 
-    def fail() -> tuple:
-        text = "The server could not do this. Try again; if it stays so, reload the page."
-        return _trouble(ChexInputError(text))[1:]
+    def fail() -> dict:
+        return trouble("The server could not do this. Try again; if it stays so, reload the page.")
 
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, IDLE_SECONDS)) as page:
         gr.Markdown(f"# {TITLE}\n{NOTICE}", elem_id="head")
@@ -235,7 +285,7 @@ def build_page(pipeline: ChexPipeline, model_name: str, on_gpu: Callable[[Callab
                     # Files of any name: those of DICOM often have no ending.
                     file = gr.File(label="Radiograph: PNG, JPEG, TIFF, DICOM", height=140, elem_id="upload")
                 with gr.Column(min_width=200):
-                    examples = examples_component(example_images(), elem_id="examples", padding=False)
+                    examples = examples_component(elem_id="examples", padding=False)
             with gr.Column(scale=3, min_width=560), gr.Tabs(elem_id="tabs", overflow_behavior="wrap"):
                 with gr.Tab("Ask"), gr.Row():
                     text = gr.Textbox(
@@ -247,10 +297,10 @@ def build_page(pipeline: ChexPipeline, model_name: str, on_gpu: Callable[[Callab
                         elem_id="prompt",
                     )
                     finding = gr.Dropdown(
-                        findings, multiselect=True, label="Findings", scale=2, min_width=200, elem_id="findings"
+                        [], multiselect=True, label="Findings", scale=2, min_width=200, elem_id="findings"
                     )
                     region = gr.Dropdown(
-                        anatomy, multiselect=True, label="Anatomy", scale=2, min_width=200, elem_id="anatomy"
+                        [], multiselect=True, label="Anatomy", scale=2, min_width=200, elem_id="anatomy"
                     )
                     ask = gr.Button("Ask", variant="primary", scale=1, min_width=100, elem_id="ask", elem_classes="go")
                 with gr.Tab("Box"), gr.Row():
@@ -273,23 +323,22 @@ def build_page(pipeline: ChexPipeline, model_name: str, on_gpu: Callable[[Callab
                         label="The other", placeholder="Right pleural effusion", max_length=300, scale=2
                     )
                     both = gr.Button("Compare", variant="primary", scale=1, min_width=120, elem_classes="go")
-                if reader.writes_sentences:
-                    with gr.Tab("Report"), gr.Row():
-                        classes = gr.Dropdown(
-                            [("Eight common findings", "phantom"), ("14 findings of CheXpert", "chexpert")],
-                            value="phantom",
-                            label="Findings that are looked for, besides 15 regions",
-                            scale=3,
-                            min_width=240,
-                        )
-                        report = gr.Button(
-                            "Write the report",
-                            variant="primary",
-                            scale=1,
-                            min_width=160,
-                            elem_id="report",
-                            elem_classes="go",
-                        )
+                with gr.Tab("Report", visible=False) as report_tab, gr.Row():
+                    classes = gr.Dropdown(
+                        [("Eight common findings", "phantom"), ("14 findings of CheXpert", "chexpert")],
+                        value="phantom",
+                        label="Findings that are looked for, besides 15 regions",
+                        scale=3,
+                        min_width=240,
+                    )
+                    report = gr.Button(
+                        "Write the report",
+                        variant="primary",
+                        scale=1,
+                        min_width=160,
+                        elem_id="report",
+                        elem_classes="go",
+                    )
         status = gr.HTML("", elem_id="status", padding=False)
         viewer = viewer_component(elem_id="viewer", padding=False)
         gr.Markdown(f"Model: `{model_name}`. Boxes are in pixels of the original image.", elem_id="foot")
@@ -297,18 +346,19 @@ def build_page(pipeline: ChexPipeline, model_name: str, on_gpu: Callable[[Callab
         shown = {"show_progress": "hidden", "api_visibility": "private"}
         opened, answered = [study, viewer, status], [viewer, status]
         reading, asking = shown | {"js": busy("Reading the image…")}, shown | {"js": busy("Asking…")}
+        writing = shown | {"js": busy("Writing the report…")}
+        filled = [examples, finding, region, report_tab, viewer]
         events = [
+            page.load(fill, None, filled, **shown, js=busy("Loading the model…")),
             file.upload(upload, file, [file, *opened], **reading),
             examples.pick(choose, None, opened, **reading),
             gr.on([text.submit, ask.click], ask_text, [study, text, finding, region], answered, **asking),
             viewer.ask_box(ask_box, study, answered, **shown),
             gr.on([typed.submit, ask_there.click], ask_typed_box, [study, typed], answered, **asking),
             gr.on([first.submit, second.submit, both.click], compare, [study, first, second], answered, **asking),
+            report.click(write_report, [study, classes], answered, **writing),
             viewer.save_sr(save_sr, study, answered, **shown),
         ]
-        if reader.writes_sentences:
-            writing = shown | {"js": busy("Writing the report…")}
-            events.append(report.click(write_report, [study, classes], answered, **writing))
         for event in events:
             event.failure(fail, None, answered, **shown)
     return page
@@ -328,11 +378,6 @@ def busy(text: str) -> str:
     return f"(...values) => {{ document.querySelector('#viewer .viewer')?.dispatchEvent({event}); return values; }}"
 
 
-def _trouble(error: ChexInputError) -> tuple[Any, dict, str]:
-    """What the page shows of an error; the study and what was shown of it stay."""
-    return gr.skip(), message(note=""), f'<p role="alert">{escape(str(error))}</p>'
-
-
 def _forget(path: str) -> None:
     """Deletes an uploaded file with the folder that Gradio made for it."""
     with contextlib.suppress(OSError):
@@ -340,4 +385,4 @@ def _forget(path: str) -> None:
         os.rmdir(os.path.dirname(path))
 
 
-__all__ = ["LAUNCH", "build_page", "example_images", "split_prompts"]
+__all__ = ["LAUNCH", "build_page", "example_images", "prompt_choices", "split_prompts"]

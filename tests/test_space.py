@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -577,6 +578,44 @@ def test_twenty_users_at_once(browser, server):
     assert process.memory_info().rss - before < 400 * 2**20
     for page in pages:
         page.context.close()
+
+
+@browser_test
+def test_the_page_is_there_before_the_model(browser, explainer, tmp_path, monkeypatch):
+    from space_app.page import LAUNCH, build_page
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
+    loading = Future()
+    blocks = build_page(loading, "a model")
+    _, address, _ = blocks.launch(prevent_thread_lock=True, quiet=True, **LAUNCH)
+    context = browser.new_context()
+    try:
+        page = context.new_page()
+        page.goto(address)
+        page.wait_for_selector("#viewer .stage.busy")
+        assert "Loading the model" in page.locator("#viewer .hint").inner_text()
+        upload(page, save_image(tmp_path / "early.png", gradient(90, 120)))
+        page.wait_for_timeout(500)
+        assert page.locator("#examples button").count() == 0 and not page.locator("#viewer .stage.ready").count()
+        loading.set_result(StudyReader(explainer))
+        page.wait_for_selector("#viewer .stage.ready")  # the upload has waited
+        page.wait_for_selector("#examples button")
+        page.get_by_role("tab", name="Report").wait_for()
+        page.locator("#findings input").click()
+        assert page.get_by_role("option", name="Pleural effusion").count()
+        ask(page, "Heart")
+    finally:
+        context.close()
+        blocks.close()
+
+
+def test_a_damaged_model_is_explained(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    command = [sys.executable, "-m", "space_app", "--model", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "cannot be loaded" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_missing_model_is_explained(tmp_path):
