@@ -1,6 +1,7 @@
 """Targets, post-processing, baselines, and whole evaluations in memory with an oracle and with a tiny random model."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import datasets
@@ -187,6 +188,22 @@ def test_nms_keeps_the_best_of_each_cluster():
 def one_candidate_set(margins=((1.0, -1.0),)):
     boxes = np.array([[[[0.1, 0.1, 0.3, 0.3], [0.5, 0.5, 0.7, 0.9]]]])
     return Candidates(boxes=boxes, weights=np.array([[[0.4, 0.8]]]), margins=np.array([margins]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"score": "weight"}, "score must be one of weights, prompts, product, not 'weight'"),
+        ({"merge": "all"}, "merge must be one of nms"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"nms_threshold": float("nan")}, "from 0 to 1, not nan"),
+        ({"scales": (1.0, -1.0)}, "scales must be positive"),
+        ({"scales": (1.0, 2.0)}, "2 scales, but the detections are of 1 classes"),
+    ],
+)
+def test_settings_that_are_none(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        post_process(one_candidate_set(), DetectionSettings(**settings))
 
 
 def test_envelope_and_top1():

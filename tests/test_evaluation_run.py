@@ -435,9 +435,12 @@ def test_tuning_is_stored_used_again_and_refused_for_another_model(finished, wor
     assert "od_vindr.json was tuned with another model" in capsys.readouterr().err
     assert run_main(*arguments, "--official") == 2
     assert "the other rule for ties" in capsys.readouterr().err
-    (output / "tuning" / "od_vindr.json").write_text('{"format": 1, "task', encoding="utf-8")
-    assert run_main(*arguments) == 0
-    assert "od_vindr.json is damaged" in caplog.text
+    stored["settings"]["score"] = "weight"
+    for content, problem in (('{"format": 1, "task', "JSONDecodeError"), (json.dumps(stored), "score must be one of")):
+        (output / "tuning" / "od_vindr.json").write_text(content, encoding="utf-8")
+        caplog.clear()
+        assert run_main(*arguments) == 0
+        assert "od_vindr.json is damaged" in caplog.text and problem in caplog.text
     again = read_results(output)["tasks"]["od_vindr"]
     assert again["settings"]["post_processing"]["nms_threshold"] != 0.4
 

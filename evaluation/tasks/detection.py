@@ -15,6 +15,8 @@ import numpy as np
 SCALES = (0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 2.0)
 TEMPERATURES = tuple(round(0.05 * step, 2) for step in range(1, 10))
 NMS_THRESHOLDS = (0.05, 0.1, 0.25, 0.5)
+SCORES = ("weights", "prompts", "product")
+MERGES = ("nms", "top1", "envelope", "none")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,25 @@ class DetectionSettings:
     merge: str = "nms"
     nms_threshold: float = 0.25
     scales: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, values in (("score", SCORES), ("merge", MERGES)):
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {', '.join(values)}, not {getattr(self, name)!r}.")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, not {self.temperature!r}.")
+        check_threshold(self.nms_threshold)
+        if not all(scale > 0 for scale in self.scales or ()):
+            raise ValueError(f"scales must be positive, not {self.scales!r}.")
+
+
+def check_threshold(nms_threshold: float) -> None:
+    """
+    Raises:
+        ValueError: It is no IoU.
+    """
+    if not 0 <= nms_threshold <= 1:
+        raise ValueError(f"nms_threshold must be an IoU from 0 to 1, not {nms_threshold!r}.")
 
 
 @dataclass
@@ -84,6 +105,8 @@ def keep_after_nms(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> n
 def post_process(candidates: Candidates, settings: DetectionSettings) -> list[dict]:
     """Detections per image: boxes (n, 4), scores (n,), labels (n,)."""
     _, classes, regions, _ = candidates.boxes.shape
+    if settings.scales is not None and len(settings.scales) != classes:
+        raise ValueError(f"These are {len(settings.scales)} scales, but the detections are of {classes} classes.")
     probability = 1 / (1 + np.exp(-candidates.margins / settings.temperature))
     scores = {
         "weights": candidates.weights,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .detection import NMS_THRESHOLDS, SCALES, best_candidate, keep_after_nms, scale_boxes
+from .detection import NMS_THRESHOLDS, SCALES, best_candidate, check_threshold, keep_after_nms, scale_boxes
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,11 @@ class GroundingSettings:
 
     nms_threshold: float = 0.25
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_threshold(self.nms_threshold)
+        if not self.scale > 0:
+            raise ValueError(f"scale must be positive, not {self.scale!r}.")
 
 
 def post_process_grounding(boxes: np.ndarray, scores: np.ndarray, settings: GroundingSettings) -> list[dict]:
