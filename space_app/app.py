@@ -61,9 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         on_gpu = None
     shown = "/".join(Path(arguments.model).parts[-2:]) if Path(arguments.model).exists() else arguments.model
     loading: Future = Future()
-    # A local model is loaded behind a page that is there already, in half the time that its libraries take to import.
+    # A local model is loaded behind a page that is there already: most of the start is importing its libraries.
     behind = on_gpu is None and (Path(arguments.model) / "config.json").is_file()
-    page = None
     gc.disable()  # searching what imports create for garbage would take a quarter of the start
     try:
         if not behind:

@@ -353,7 +353,7 @@ def test_sentences_for_the_generator_are_drawn_from_all_processes():
         draws = image_draws(index, (6,), seed)
         whole = choose_for_generation(mask, limit, draws=draws)
         everyone = (1 - draws).masked_fill(~mask, 0).flatten()
-        together = Collectives(gather=lambda own, everyone=everyone: everyone)
+        together = Collectives(gather_all=lambda own, everyone=everyone: [everyone])
         parts = [
             choose_for_generation(mask[own], limit, draws=draws[own], collectives=together)
             for own in (slice(0, 4), slice(4, 8))

@@ -1244,7 +1244,7 @@ class Processes:
     def collectives(self, rank: int) -> Collectives:
         return Collectives(
             sum=lambda tensor: sum(self.exchange(rank, tensor)),
-            gather=lambda tensor: torch.cat(self.exchange(rank, tensor)),
+            gather_all=lambda tensors: [torch.cat(self.exchange(rank, tensor)) for tensor in tensors],
         )
 
 

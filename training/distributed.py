@@ -5,7 +5,7 @@ import datetime
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -32,7 +32,7 @@ _LOST = re.compile(
 def process_collectives(totals: StepTotals | None = None) -> Collectives:
     """Collectives over all processes, or the trivial ones without `torch.distributed`; for one part of a step."""
     alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
-    collectives = SINGLE_PROCESS if alone else Collectives(sum=_sum, gather=_gather)
+    collectives = SINGLE_PROCESS if alone else Collectives(sum=_sum, gather_all=_gather_all)
     return collectives if totals is None else replace(collectives, totals=totals, calls=type(collectives.calls)())
 
 
@@ -42,19 +42,22 @@ def _sum(tensor: Tensor) -> Tensor:
     return total
 
 
-def _gather(tensor: Tensor) -> Tensor:
+def _gather_all(tensors: Sequence[Tensor]) -> list[Tensor]:
     """
-    Concatenates the tensors of all processes along the first axis; smaller ones are padded with zeros (False). Half
-    precision becomes float32, in which the gradients of all processes are added.
+    Concatenates each tensor with that of all other processes along the first axis; smaller ones are padded with zeros
+    (False). Half precision becomes float32, in which the gradients of all processes are added.
     """
-    if tensor.dtype in (torch.bfloat16, torch.float16):
-        tensor = tensor.float()
-    shape = torch.tensor(tensor.shape, device=tensor.device)
-    dist.all_reduce(shape, op=dist.ReduceOp.MAX)
-    missing = [longest - size for size, longest in zip(tensor.shape, shape.tolist(), strict=True)]
-    padding = [extra for count in reversed(missing) for extra in (0, count)]  # `pad` starts with the last axis
-    padded = F.pad(tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor, padding)
-    return torch.cat(_AllGather.apply(padded)).to(tensor.dtype)
+    halves = (torch.bfloat16, torch.float16)
+    tensors = [tensor.float() if tensor.dtype in halves else tensor for tensor in tensors]
+    shapes = torch.tensor([size for tensor in tensors for size in tensor.shape], device=tensors[0].device)
+    dist.all_reduce(shapes, op=dist.ReduceOp.MAX)
+    sizes, gathered = iter(shapes.tolist()), []
+    for tensor in tensors:
+        missing = [next(sizes) - size for size in tensor.shape]
+        padding = [extra for count in reversed(missing) for extra in (0, count)]  # `pad` starts with the last axis
+        padded = F.pad(tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor, padding)
+        gathered.append(torch.cat(_AllGather.apply(padded)).to(tensor.dtype))
+    return gathered
 
 
 class _AllGather(torch.autograd.Function):

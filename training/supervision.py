@@ -719,22 +719,26 @@ class ContrastiveSupervision(ImageSupervision):
         # Texts and images of all processes are compared; each of them computes the whole of these two losses.
         draws = image_draws(batch.index, batch.sentences.shape[1:], seed, SENTENCES)
         chosen = batch.sentences.gather(1, random_order(batch.sentences >= 0, draws)[:, : self.sentences_per_image])
-        real = collectives.gather(batch.index + 1) > 0
-        pooled, written = (
-            collectives.gather(image_features.pooler_output)[real],
-            _gather_texts(batch.sentences, collectives),
-        )
-        texts = _gather_texts(chosen, collectives).unique()
-        texts = texts[texts >= 0]
-        positives = (written[real][:, :, None] == texts).any(1)  # (N, U): sentence u is true for image n
-        global_loss = self._loss(model, pooled, texts, positives, scales[0], collectives.of("global_contrastive"))
-
         boxes, texts, mask = self._regions(batch, seed)
-        mask = collectives.gather(mask)
-        pooled = collectives.gather(soft_roi_pool(image_features.patch_features, boxes))[mask]
-        texts, own = _gather_texts(texts, collectives)[mask].unique(return_inverse=True)
+        regions = soft_roi_pool(image_features.patch_features, boxes)
+        # Numbers grow by one, as what is gathered is padded with zeros.
+        numbers = [part + 1 for part in (batch.index, batch.sentences, chosen, texts)]
+        pooled, regions, mask, *numbers = collectives.gather_all(
+            [image_features.pooler_output, regions, mask, *numbers]
+        )
+        index, written, chosen, texts = (part - 1 for part in numbers)
+        real, unique = index >= 0, chosen.unique()
+        unique = unique[unique >= 0]
+        positives = (written[real][:, :, None] == unique).any(1)  # (N, U): sentence u is true for image n
+        global_loss = self._loss(
+            model, pooled[real], unique, positives, scales[0], collectives.of("global_contrastive")
+        )
+
+        texts, own = texts[mask].unique(return_inverse=True)
         positives = F.one_hot(own, len(texts)).bool()
-        region_loss = self._loss(model, pooled, texts, positives, scales[1], collectives.of("region_contrastive"))
+        region_loss = self._loss(
+            model, regions[mask], texts, positives, scales[1], collectives.of("region_contrastive")
+        )
         classification_loss = self._classification(
             model, image_features, batch, scales[2], collectives.of("region_classification")
         )
@@ -807,11 +811,6 @@ class ContrastiveSupervision(ImageSupervision):
         padded = torch.cat([texts, texts[-1:].expand(share * state.num_processes - len(texts))])
         ids, _ = self.text_tokens(padded[share * state.process_index :][:share])
         return collectives.gather(model.get_prompt_features(ids))[: len(texts)]
-
-
-def _gather_texts(texts: Tensor, collectives: Collectives) -> Tensor:
-    """Numbers of texts (N, ...) of all processes, -1 for none and where they are padded."""
-    return collectives.gather(texts + 1) - 1
 
 
 @full_precision

@@ -283,9 +283,9 @@ def statement_loss(
     difference = normalize(positive, dim=-1) - normalize(negative, dim=-1)  # (C, D)
     logits = normalize(features, dim=-1) @ difference.mT / temperature
     losses = binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
-    present = masked_mean(losses, observed & labels, collectives)
-    absent = masked_mean(losses, observed & ~labels, collectives)
-    return (present + absent) / 2
+    masks = torch.stack([observed & labels, observed & ~labels])
+    sums = keep_valid(losses.expand_as(masks), masks).flatten(1).sum(dim=1)
+    return (sums / collectives.mean_count(masks.flatten(1).sum(dim=1).to(sums.dtype))).mean()
 
 
 def _cosine(left: Tensor, right: Tensor) -> Tensor:

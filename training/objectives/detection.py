@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .matching import Matching, MatchingMode, ObjectiveMode, match_regions, pairwise
-from .reduction import SINGLE_PROCESS, Collectives, full_precision, keep_valid, masked_mean, mean_over_images
+from .reduction import SINGLE_PROCESS, Collectives, full_precision, keep_valid, masked_mean, mean_within_image
 
 
 @dataclass(frozen=True)
@@ -177,8 +177,10 @@ def pathology_detection_loss(
         mask=counted,
         collectives=collectives,
     )
-    box_loss = mean_over_images(box_loss, annotated, collectives)
-    score_loss = mean_over_images(focal.mean(dim=-1), annotated, collectives)
+    # `mean_over_images` of both, with one count
+    images = collectives.mean_count(annotated.any(dim=1).sum().to(box_loss.dtype))
+    box_loss = mean_within_image(box_loss, annotated).sum() / images
+    score_loss = mean_within_image(focal.mean(dim=-1), annotated).sum() / images
     return PathologyDetectionLoss(box_loss + options.loss_score * score_loss, box_loss, score_loss, matching)
 
 
@@ -238,11 +240,9 @@ def anatomy_detection_loss(
         multi = _mean_of_assigned(options.loss_l1 * l1 + options.loss_giou * giou, matching.assigned)
         multi_sum, multi_count = multi.sum(), multi_target_mask.any(dim=-1).sum().to(multi.dtype)
 
-    return AnatomyDetectionLoss(
-        loss=(single_sum + multi_sum) / collectives.mean_count(single_count + multi_count),
-        single=single_sum / collectives.mean_count(single_count),
-        multi=multi_sum / collectives.mean_count(multi_count),
-    )
+    sums = torch.stack([single_sum + multi_sum, single_sum, multi_sum])
+    counts = torch.stack([single_count + multi_count, single_count, multi_count])
+    return AnatomyDetectionLoss(*(sums / collectives.mean_count(counts)).unbind())
 
 
 @full_precision

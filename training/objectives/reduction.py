@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ParamSpec, TypeVar
 
@@ -61,14 +61,15 @@ class Collectives:
 
     Attributes:
         sum: adds a small tensor of counts over the processes (no gradient needed).
-        gather: concatenates a tensor of all processes along its first axis, with gradient; it pads the other axes to
-            the longest with zeros, which for masks means "not valid".
+        gather_all: concatenates tensors of all processes along their first axes, with gradient, each with the same
+            tensor of the other processes; it pads the other axes to the longest with zeros, which for masks means "not
+            valid". Several at once wait for the other processes fewer times.
         totals: of a step in several parts, each of which then is a summand of the loss.
         term: the loss that is being computed; parts of a step need not have the same ones.
     """
 
     sum: Callable[[Tensor], Tensor] = _identity
-    gather: Callable[[Tensor], Tensor] = _identity
+    gather_all: Callable[[Sequence[Tensor]], list[Tensor]] = list
     totals: StepTotals | None = None
     term: str = ""
     calls: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
@@ -76,6 +77,10 @@ class Collectives:
     def of(self, term: str) -> "Collectives":
         """The same for another loss."""
         return replace(self, term=term)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """`gather_all` of one tensor."""
+        return self.gather_all([tensor])[0]
 
     @property
     def counting(self) -> bool:
@@ -90,7 +95,10 @@ class Collectives:
         return self.totals.look_up((self.term, self.calls[self.term]), count)
 
     def mean_count(self, count: Tensor) -> Tensor:
-        """The count to divide a local sum by: mean over the processes of that of the whole step, never zero."""
+        """
+        The count to divide a local sum by: mean over the processes of that of the whole step, never zero. Of any
+        shape, for several sums.
+        """
         if self.totals is None:
             total, processes = self.sum(torch.stack([count, torch.ones_like(count)])).unbind()
         else:

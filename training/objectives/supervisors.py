@@ -115,25 +115,25 @@ def sentence_objective(
     if "global_contrastive" in terms:
         if patch_features is None:
             raise ValueError("The term 'global_contrastive' needs patch_features, the image encoder's output.")
+        images = _mean_of_patches(patch_features), _mean_of_valid(sentence_features, sentence_mask)
+        *features, mask = collectives.gather_all([*images, sentence_mask.any(dim=1)])
         losses["global_contrastive"] = global_contrastive_loss(
-            collectives.gather(_mean_of_patches(patch_features)),
-            collectives.gather(_mean_of_valid(sentence_features, sentence_mask)),
-            options.global_temperature,
-            collectives.gather(sentence_mask.any(dim=1)),
-            collectives.of("global_contrastive"),
+            *features, options.global_temperature, mask, collectives.of("global_contrastive")
         )
     if "sentence_contrastive" in terms:
         if sentence_ids is None and not options.identical_negatives:
             raise ValueError("Without identical_negatives, 'sentence_contrastive' needs sentence_ids.")
+        own = [sentence_features, query_features, sentence_mask, *([] if sentence_ids is None else [sentence_ids])]
+        sentences, queries, mask, *ids = collectives.gather_all(own)
         losses["sentence_contrastive"] = sentence_contrastive_loss(
-            collectives.gather(sentence_features),
-            collectives.gather(query_features),
-            collectives.gather(sentence_mask),
+            sentences,
+            queries,
+            mask,
             options.temperature,
             options.lambda_region_to_sentence,
             options.lambda_sentence_to_region,
             options.cross_image_negatives,
-            None if sentence_ids is None else collectives.gather(sentence_ids),
+            ids[0] if ids else None,
             collectives.of("sentence_contrastive"),
         )
     if "sentence_mse" in terms:
@@ -312,12 +312,9 @@ def anatomy_objective(
         if labels is None:
             labels = has_labels = torch.zeros(*present.shape, len(positive), dtype=torch.bool, device=present.device)
         observed = has_labels & present[..., None]
-        class_subset = subsample_classes_by_frequency(
-            collectives.sum((labels.bool() & observed).sum(dim=(0, 1))),
-            collectives.sum(observed.sum(dim=(0, 1))) > 0,
-            options.subsample_negatives,
-            generator,
-        )
+        counts = torch.stack([labels.bool() & observed, observed]).sum(dim=(1, 2))
+        positives, annotated = collectives.sum(counts).unbind()
+        class_subset = subsample_classes_by_frequency(positives, annotated > 0, options.subsample_negatives, generator)
         loss = anatomy_classification_loss(
             query_features,
             positive,
