@@ -283,14 +283,14 @@ def build_page(
             with gr.Column(scale=2, min_width=300), gr.Row():
                 with gr.Column(min_width=200):
                     # Files of any name: those of DICOM often have no ending.
-                    file = gr.File(label="Radiograph: PNG, JPEG, TIFF, DICOM", height=140, elem_id="upload")
+                    file = gr.File(label="PNG, JPEG, TIFF, DICOM", height=140, elem_id="upload")
                 with gr.Column(min_width=200):
                     examples = examples_component(elem_id="examples", padding=False)
             with gr.Column(scale=3, min_width=560), gr.Tabs(elem_id="tabs", overflow_behavior="wrap"):
                 with gr.Tab("Ask"), gr.Row():
                     text = gr.Textbox(
                         label="What to look for (; separates)",
-                        placeholder="Pleural effusion; right lower lung zone",
+                        placeholder="Pleural effusion; left lung",
                         max_length=2000,
                         scale=3,
                         min_width=240,
