@@ -11,7 +11,7 @@ Stages that two runs have in common are trained once; their seconds count in bot
 
 | run | what differs from the demo |
 |---|---|
-| small | `training/configs/phantom_small`: 160 pixels, a larger image encoder, 24,000 images, longer training |
+| small | `training/configs/phantom_small`: 160 pixels, a larger image encoder, 30,000 images, longer training |
 | seed-0, -1, -2 | the demo with other seeds of weights, batches and augmentation |
 | no-post-decoder | seed 0 without the post decoder |
 | no-sentence-losses | seed 0; no objective of sentences: contrastive, detection, MSE, generation |
