@@ -34,6 +34,7 @@ NOTICE = (
 )
 IDLE_SECONDS = 3600  # after which the image of a page that was left open is forgotten
 NUM_EXAMPLES = 4
+MAX_UPLOAD = 64 * 2**20  # bytes
 
 
 # Fonts of the system: nothing is loaded from elsewhere.
@@ -63,7 +64,7 @@ LAUNCH: dict[str, Any] = {
     "css": CSS,
     "head": NARROW,
     "footer_links": [],
-    "max_file_size": "64mb",
+    "max_file_size": MAX_UPLOAD,
     "ssr_mode": False,
     "show_error": False,
 }
@@ -77,7 +78,8 @@ def examples_component(**kwargs: Any) -> gr.HTML:
         html_template="<p>Or take an example (synthetic)</p><div>${value}</div>",
         css_template="""
             p { margin: 0 0 .3rem; font-size: .875rem; }
-            div { display: grid; grid-template-columns: repeat(4, minmax(0, 5rem)); gap: .4rem; min-height: 5rem; }
+            div { display: grid; grid-template-columns: repeat(4, minmax(0, 5rem)); gap: .4rem; }
+            div { align-items: start; min-height: 5rem; }
             button { padding: 0; border: 2px solid transparent; border-radius: .4rem; line-height: 0; cursor: pointer }
             button:hover, button:focus-visible { border-color: var(--color-accent); outline: none; }
             img { width: 100%; aspect-ratio: 1; border-radius: .3rem; display: block; margin: 0; }
@@ -94,13 +96,17 @@ def examples_component(**kwargs: Any) -> gr.HTML:
 
 
 def viewer_component(**kwargs: Any) -> gr.HTML:
-    """Image and answers, whose values are the messages of `viewer.js`: draws boxes, zooms, filters by score and saves
-    in the browser. Triggers `ask_box` with a box, and `save_sr` with what a structured report is to hold."""
+    """
+    Image and answers, whose values are the messages of `viewer.js`: draws boxes, zooms, filters by score and saves in
+    the browser. Triggers `ask_box` with a box, `save_sr` with what a structured report is to hold, and `refuse` with
+    name and bytes of a file that is too large to be uploaded.
+    """
     parts = {name: (ASSETS / f"viewer.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
     return gr.HTML(
         html_template=parts["html"],
         css_template=parts["css"],
         js_on_load=parts["js"],
+        max_upload=MAX_UPLOAD,
         apply_default_css=False,
         **kwargs,
     )
@@ -215,6 +221,11 @@ def build_page(
 
     def upload(path: str) -> dict:
         return {file: None, **read(path)}
+
+    def refuse(event: gr.EventData) -> dict:
+        name, size = (str((event._data or {}).get(key))[:200] for key in ("name", "bytes"))
+        megabytes = f"{int(size) / 2**20:.0f}" if size.isdecimal() else "too many"
+        return trouble(f"{name} has {megabytes} MB, of at most {MAX_UPLOAD // 2**20}: scale it down or compress it.")
 
     @explained
     def choose(event: gr.EventData) -> dict:
@@ -358,6 +369,7 @@ def build_page(
             gr.on([first.submit, second.submit, both.click], compare, [study, first, second], answered, **asking),
             report.click(write_report, [study, classes], answered, **writing),
             viewer.save_sr(save_sr, study, answered, **shown),
+            viewer.refuse(refuse, None, answered, **shown),
         ]
         for event in events:
             event.failure(fail, None, answered, **shown)

@@ -491,21 +491,43 @@ def test_a_file_is_dropped(page, tmp_path):
     page.wait_for_function("document.querySelector('#viewer .hint').innerText.includes('dropped.jpg, 260 x 200')")
 
 
+def bad_files(folder):
+    """File -> what the page says of it."""
+    from space_app.page import MAX_UPLOAD
+
+    (folder / "notes.png").write_text("this is no image")
+    PIL.Image.new("1", (10_000, 5_100)).save(folder / "huge.png")
+    PIL.Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
+    film = pydicom.dcmread(save_dicom(folder / "frames.dcm", gradient(64, 64).astype(np.uint16)))
+    film.NumberOfFrames, film.PixelData = 2, film.PixelData * 2
+    film.save_as(folder / "frames.dcm")
+    del film.PixelData, film.NumberOfFrames
+    film.save_as(folder / "header.dcm")
+    (folder / "large.dcm").write_bytes(bytes(MAX_UPLOAD + 2**20))
+    return {
+        "notes.png": "is not an image",
+        "huge.png": "10000 x 5100 pixels, 51 megapixels",
+        "bomb.png": "far too many pixels",
+        "header.dcm": "without pixel data",
+        "frames.dcm": "has 2 frames",
+        "large.dcm": "has 65 MB, of at most 64",
+    }
+
+
 @browser_test
 def test_bad_uploads_get_a_friendly_message(page, server, tmp_path):
-    text = tmp_path / "notes.png"
-    text.write_text("this is no image")
-    upload(page, text)
-    assert "notes.png is not an image" in alert(page)
-    huge = tmp_path / "huge.png"
-    PIL.Image.new("1", (10_000, 5_100)).save(huge)
-    upload(page, huge)
-    page.wait_for_function("document.querySelector('#status').innerText.includes('megapixels')")
+    take_example(page)
+    process, files = psutil.Process(server[1].pid), bad_files(tmp_path)
+    before = process.memory_info().rss
+    for name, message in files.items():
+        upload(page, tmp_path / name)
+        page.wait_for_function(f"document.querySelector('#status').innerText.includes({name!r})")
+        assert message in alert(page)
+    assert process.memory_info().rss - before < 200 * 2**20
     assert urllib.request.urlopen(server[0], timeout=10).status == 200
     stored = {file.read_bytes() for file in server[2].rglob("*") if file.is_file()}
-    assert not stored & {text.read_bytes(), huge.read_bytes()}
-    take_example(page)  # and the page goes on
-    ask(page, "Nodule")
+    assert not stored & {(tmp_path / name).read_bytes() for name in files}
+    ask(page, "Nodule")  # and the page goes on
 
 
 @browser_test

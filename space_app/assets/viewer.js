@@ -422,6 +422,19 @@ async function picture() {  // the whole image with its boxes, sentences below
   });
 }
 
+// What the server would refuse without a word is not sent to it.
+function refuse(event, files) {
+  const file = [...(files || [])].find((each) => each.size > props.max_upload);
+  if (!file) return;
+  event.preventDefault();
+  event.stopImmediatePropagation();
+  if (event.type === "change") event.target.value = "";
+  trigger("refuse", { name: file.name, bytes: file.size });
+}
+const inUpload = (event) => event.target instanceof Element && event.target.closest("#upload");
+document.addEventListener("change", (event) => { if (inUpload(event)) refuse(event, event.target.files); }, true);
+document.addEventListener("drop", (event) => { if (inUpload(event)) refuse(event, event.dataTransfer?.files); }, true);
+
 new ResizeObserver(drawBoxes).observe(svg);
 greys();
 watch("value", () => receive(props.value));
