@@ -87,8 +87,10 @@ def finish_loading(loading: Future, model: str, parser: argparse.ArgumentParser)
 
     try:
         loading.set_result(load(model))
-    except ChexInputError as error:
-        loading.set_exception(error)
+    except BaseException as error:
+        loading.set_exception(error)  # nobody is to wait for ever
+        if not isinstance(error, ChexInputError):
+            raise
         parser.exit(2, f"python -m space_app: error: {error}\n")
 
 

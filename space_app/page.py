@@ -214,13 +214,13 @@ def build_page(
 
     @explained
     def read(path: str) -> dict:
-        try:
-            return show(open_study(path))
-        finally:
-            _forget(path)
+        return show(open_study(path))
 
     def upload(path: str) -> dict:
-        return {file: None, **read(path)}
+        try:
+            return {file: None, **read(path)}
+        finally:
+            _forget(path)
 
     def refuse(event: gr.EventData) -> dict:
         name, size = (str((event._data or {}).get(key))[:200] for key in ("name", "bytes"))

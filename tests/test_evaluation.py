@@ -25,6 +25,7 @@ from evaluation.tasks.base import Batch
 from evaluation.tasks.catalog import METRICS, PAPER_TASKS
 from evaluation.tasks.detection import Candidates, DetectionSettings, keep_after_nms, post_process, scale_boxes
 from evaluation.tasks.examples import choose_examples, explain_examples
+from evaluation.tasks.grounding import GroundingSettings
 from evaluation.tasks.records import frame_boxes, iterate_targets, read_targets
 from processing_chex import ChexImageProcessor
 from processing_chex.prompt_sets import find_class_set
@@ -204,6 +205,15 @@ def one_candidate_set(margins=((1.0, -1.0),)):
 def test_settings_that_are_none(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         post_process(one_candidate_set(), DetectionSettings(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"nms_threshold": 1.5}, "from 0 to 1, not 1.5"), ({"scale": float("nan")}, "scale must be positive, not nan")],
+)
+def test_settings_of_grounding_that_are_none(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        GroundingSettings(**settings)
 
 
 def test_envelope_and_top1():

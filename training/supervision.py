@@ -727,11 +727,10 @@ class ContrastiveSupervision(ImageSupervision):
             [image_features.pooler_output, regions, mask, *numbers]
         )
         index, written, chosen, texts = (part - 1 for part in numbers)
-        real, unique = index >= 0, chosen.unique()
-        unique = unique[unique >= 0]
-        positives = (written[real][:, :, None] == unique).any(1)  # (N, U): sentence u is true for image n
+        real, sentences = index >= 0, chosen[chosen >= 0].unique()
+        positives = (written[real][:, :, None] == sentences).any(1)  # (N, U): sentence u is true for image n
         global_loss = self._loss(
-            model, pooled[real], unique, positives, scales[0], collectives.of("global_contrastive")
+            model, pooled[real], sentences, positives, scales[0], collectives.of("global_contrastive")
         )
 
         texts, own = texts[mask].unique(return_inverse=True)
