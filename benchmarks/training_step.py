@@ -14,7 +14,7 @@ steps of stages 2 and 3 encodes their boxes, which is cheaper).
     other     augmentation, losses, prompts
 
 The batch is the largest of 256, 128, ... that fits into the memory of the GPU; on a CPU it is 2, unless --batch-size
-says otherwise. Stage 3 needs 18 GB of memory. Run from the repository root:
+says otherwise. Stage 3 needs 21 GB of memory. Run from the repository root:
 `python benchmarks/training_step.py`.
 """
 
