@@ -6,6 +6,7 @@ of the first update.
 """
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -48,6 +49,7 @@ from training.steps import share_of_batches
 
 prepared = test_training.prepared
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+SPREADING = ("FSDP", "DEEPSPEED")  # gradients, among other things
 QUIET = {"dropout": 0.0, "attention_dropout": 0.0, "drop_path": 0.0}
 MODELS = {
     "pretrain_clip": TINY_MODEL | {"detector_config": DECODER | QUIET | {"num_layers": 2, "roi_skip_dropout": 0.0}},
@@ -92,8 +94,18 @@ class ShardingAccelerator(Accelerator):
             cpu_ram_efficient_loading=False,
         )
         super().__init__(fsdp_plugin=plugin, **options)
+        if self.mixed_precision != "no":
+            plugin.set_mixed_precision(self.mixed_precision)
         PartialState._shared_state["distributed_type"] = self.state.distributed_type = DistributedType.FSDP
         self.state.fsdp_plugin = plugin
+
+
+def use_deepspeed_on_cpus(zero_stage: str) -> None:
+    """DeepSpeed as `accelerate launch` starts it; on CPUs, `accelerate` would take plain data parallelism."""
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": zero_stage}
+    os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_GRADIENT_CLIPPING": "5.0"}
+    loop._on_cpu = lambda: False
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)
 
 
 def train(jobs: list[dict]) -> None:
@@ -111,7 +123,7 @@ def train(jobs: list[dict]) -> None:
 
         def keep(accelerator, *args, job=job, models=models, **kwargs):
             path = Path(job["gradients"])
-            if accelerator.is_main_process and not path.exists() and accelerator.distributed_type != "FSDP":
+            if accelerator.is_main_process and not path.exists() and accelerator.distributed_type not in SPREADING:
                 named = models[-1].named_parameters()
                 save_file({name: p.grad.clone() for name, p in named if p.grad is not None}, path)
             return clip(accelerator, *args, **kwargs)
@@ -231,52 +243,92 @@ def test_four_processes_are_one_run(workspace, prepared, single):
         assert max(differences(quadruple, single, name)) < 1e-5, name
 
 
-SHARDED = ("tracking.save_every=1", "tracking.validate_every=1", "selection.metric=loss", "selection.keep_best=2")
+SAVING = ("tracking.save_every=1", "tracking.validate_every=1", "selection.metric=loss", "selection.keep_best=2")
+LAUNCHERS = {"plain": "MULTI_CPU", "fsdp": "FSDP", "deepspeed": "DEEPSPEED"}
 
 
 @pytest.fixture(scope="module")
-def sharded(workspace, prepared, single):
-    """FSDP2, without interruption."""
-    return launch(workspace, prepared, 2, "sharded", SHARDED, ("stage1", "stage3"), ["--sharded"])
+def whole_run(workspace, prepared, single):
+    """Function: folder of a run of two processes without interruption, made once for each launcher."""
+
+    @functools.cache
+    def run(launcher):
+        if launcher == "deepspeed":
+            pytest.importorskip("deepspeed", exc_type=ImportError)
+        return launch(workspace, prepared, 2, launcher, SAVING, ("stage1", "stage3"), [f"--{launcher}"])
+
+    return run
 
 
 @pytest.mark.slow
-def test_sharded_weights_are_one_run(workspace, prepared, single, sharded):
+@pytest.mark.parametrize("launcher", ["fsdp", "deepspeed"])
+def test_what_is_spread_over_processes_is_one_run(single, whole_run, launcher):
     """What is saved is whole, the best models too; losses are compared where both have them."""
+    spread = whole_run(launcher)
     for name in ("stage1", "stage3"):
         expected = {(e["split"], e["step"]): e["loss"] for e in read_history(single / name)}
-        found = {(e["split"], e["step"]): e["loss"] for e in read_history(sharded / name)}
+        found = {(e["split"], e["step"]): e["loss"] for e in read_history(spread / name)}
         assert found.keys() > expected.keys()
         assert [found[key] for key in expected] == pytest.approx(list(expected.values()), rel=1e-5)
-        models = [folder / name / "model" / "model.safetensors" for folder in (sharded, single)]
+        models = [folder / name / "model" / "model.safetensors" for folder in (spread, single)]
         assert relative_difference(*map(load_file, models)) < 1e-5
-        best = json.loads((sharded / name / "best" / "best.json").read_text(encoding="utf-8"))
+        best = json.loads((spread / name / "best" / "best.json").read_text(encoding="utf-8"))
         assert len(best) == 2 and {row["update"] for row in best} <= {1, 2, 3}
         for row in best:
             assert row["loss"] == pytest.approx(found["validation", row["update"]])
-            folder = sharded / name / "best" / row["folder"]
+            folder = spread / name / "best" / row["folder"]
             model, loading = ChexModel.from_pretrained(folder, output_loading_info=True)
             assert not any(loading.values()), "all tensors are there, and no others"
             ChexProcessor.from_pretrained(folder)
             if row["update"] == 3:
-                last = load_file(sharded / name / "model" / "model.safetensors")
+                last = load_file(spread / name / "model" / "model.safetensors")
                 assert all(
                     torch.equal(last[key], tensor) for key, tensor in load_file(folder / "model.safetensors").items()
                 )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "number"), [("sharded", "SIGKILL"), ("sharded", "SIGUSR1"), ("plain", "SIGTERM")])
-def test_processes_that_stop_go_on(workspace, prepared, single, sharded, kind, number):
+@pytest.mark.parametrize("launcher", ["fsdp", "deepspeed"])
+def test_mixed_precision_and_clipping_are_those_of_one_process(workspace, prepared, single, launcher):
+    overrides = ("mixed_precision=bf16", "optimization.max_grad_norm=0.1")
+    if launcher == "deepspeed":
+        pytest.importorskip("deepspeed", exc_type=ImportError)
+        overrides += ("optimization.ema_decay=0.5", "tracking.tasks=[finding_detection]")
+    given = [job for job in jobs(workspace, prepared, 1, f"{launcher}-alone") if job["stage"] == "stage1"][:1]
+    given[0]["argv"] += overrides
+    train(given)
+    found = launch(workspace, prepared, 2, f"{launcher}-bf16", overrides, ("stage1",), [f"--{launcher}"])
+    losses, weights = differences(found, workspace / f"{launcher}-alone", "stage1", gradients=False)
+    assert losses < 1e-3 and weights < 1e-3, "the rounding of bfloat16 depends on the batch"
+    saved = load_file(found / "stage1" / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    values = [entry["loss"] for entry in read_history(found / "stage1")]
+    assert torch.tensor(values).bfloat16().tolist() != values, "losses are not rounded"
+    started = json.loads((found / "stage1" / "environment.jsonl").read_text(encoding="utf-8"))
+    assert (started["launcher"], started["mixed_precision"]) == (LAUNCHERS[launcher], "bf16")
+
+
+@pytest.mark.slow
+def test_weights_spread_by_deepspeed_are_refused(workspace, prepared, single):
+    pytest.importorskip("deepspeed", exc_type=ImportError)
+    error = launch(workspace, prepared, 2, "zero-3", (), ("stage1",), ["--deepspeed", "--zero", "3"], dies=True)
+    assert "error: DeepSpeed's ZeRO-3 spreads the weights" in error
+    assert not (workspace / "zero-3" / "stage1").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [("fsdp", "SIGKILL"), ("fsdp", "SIGUSR1"), ("plain", "SIGTERM"), ("deepspeed", "SIGKILL")],
+)
+def test_processes_that_stop_go_on(workspace, prepared, single, whole_run, launcher, number):
     """
     One of two processes is killed, or asked to stop, in the second update; then the job is started again. Weights,
     optimizer, schedule, random numbers and order of images are those of a run without interruption, bit for bit.
     """
-    name, options = f"{kind}-{number}", ["--sharded"] if kind == "sharded" else []
-    reference, names = sharded, ("stage1",)
-    if kind == "plain":
-        reference = launch(workspace, prepared, 2, "plain", SHARDED, names)
-    error = launch(workspace, prepared, 2, name, SHARDED, names, [*options, "--send", f"1,3,{number}"], dies=True)
+    reference, names = whole_run(launcher), ("stage1",)
+    name, options = f"{launcher}-{number}", [f"--{launcher}"]
+    error = launch(workspace, prepared, 2, name, SAVING, names, [*options, "--send", f"1,3,{number}"], dies=True)
     checkpoints = {path.name for path in (workspace / name / "stage1" / "checkpoints").iterdir()}
     if number == "SIGKILL":
         assert "Signal 9 (SIGKILL) received by PID" in error
@@ -286,9 +338,9 @@ def test_processes_that_stop_go_on(workspace, prepared, single, sharded, kind, n
         assert "exitcode  : 75" in error
         assert checkpoints == {"update-00000001", "update-00000002"}
     assert not (workspace / name / "stage1" / "model").exists()
-    folder = launch(workspace, prepared, 2, name, SHARDED, names, options)
+    folder = launch(workspace, prepared, 2, name, SAVING, names, options)
     starts = (folder / "stage1" / "environment.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(starts) == 2 and json.loads(starts[1])["launcher"] == ("FSDP" if kind == "sharded" else "MULTI_CPU")
+    assert len(starts) == 2 and json.loads(starts[1])["launcher"] == LAUNCHERS[launcher]
     compare(folder / "stage1", reference / "stage1")
     assert (folder / "stage1" / "best" / "best.json").read_bytes() == (
         reference / "stage1" / "best" / "best.json"
@@ -484,8 +536,10 @@ def test_without_a_launcher_the_others_say_what_happened(workspace, prepared, si
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if "--sharded" in sys.argv:
+    if "--fsdp" in sys.argv:
         loop.Accelerator = ShardingAccelerator
+    if "--deepspeed" in sys.argv:
+        use_deepspeed_on_cpus(sys.argv[sys.argv.index("--zero") + 1] if "--zero" in sys.argv else "2")
     if "--send" in sys.argv:
         signal_at(*sys.argv[sys.argv.index("--send") + 1].split(","))
     loop.run_as_script(lambda: train(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

@@ -2,11 +2,13 @@
 
 import contextlib
 import datetime
+import functools
 import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -93,6 +95,56 @@ def process_group_options() -> InitProcessGroupKwargs:
     return InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=minutes))
 
 
+def set_up_deepspeed(accelerator: Accelerator, max_grad_norm: float | None) -> None:
+    """
+    Makes DeepSpeed train as the other launchers do, whatever its own configuration says: the loop's accumulation and
+    clipping, and mixed precision with float32 weights; its own would round the weights, those that are saved as well.
+
+    Raises:
+        ValueError: It spreads the weights, or should use float16.
+    """
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    if config["zero_optimization"]["stage"] > 2:
+        raise ValueError(
+            "DeepSpeed's ZeRO-3 spreads the weights over the processes, and what this run saves would be incomplete: "
+            "set zero_stage to 2, or use FSDP."
+        )
+    precision = accelerator.mixed_precision
+    if precision == "fp16":
+        raise ValueError("mixed_precision=fp16 is not supported with DeepSpeed: set it to bf16, no or auto.")
+    autocast = {"enabled": precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    accelerator.gradient_accumulation_steps = 1
+    config |= {
+        "torch_autocast": autocast,
+        "bf16": {"enabled": False},
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm or 0.0,
+    }
+
+
+def set_up_fsdp(accelerator: Accelerator, module: nn.Module) -> None:
+    """
+    Makes FSDP2 train in the mixed precision of the other launchers: autocast with float32 weights. Its own would
+    compute everything in bfloat16, boxes as well, and round the losses.
+    """
+    accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def in_mixed_precision(*arguments: Any, **options: Any) -> Any:
+        with accelerator.autocast():
+            return forward(*arguments, **options)
+
+    module.forward = in_mixed_precision
+
+
+def precision_of(accelerator: Accelerator) -> str:
+    """Mixed precision of a run: "bf16", "fp16" or "no"."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return "bf16" if accelerator.state.deepspeed_plugin.deepspeed_config["torch_autocast"]["enabled"] else "no"
+    return accelerator.mixed_precision
+
+
 @contextlib.contextmanager
 def whole_weights(accelerator: Accelerator, module: nn.Module) -> Iterator[None]:
     """
@@ -166,8 +218,11 @@ __all__ = [
     "gather_weights",
     "leave_processes",
     "lost_process",
+    "precision_of",
     "process_collectives",
     "process_group_options",
+    "set_up_deepspeed",
+    "set_up_fsdp",
     "warn_of_missing_processes",
     "whole_weights",
 ]

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from training.checkpoints import TrainingState
+from training.distributed import precision_of
 
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy")
@@ -76,7 +77,7 @@ def environment(accelerator: Accelerator) -> dict[str, object]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": accelerator.num_processes,
         "launcher": str(accelerator.distributed_type.value),
-        "mixed_precision": accelerator.mixed_precision,
+        "mixed_precision": precision_of(accelerator),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }

@@ -46,6 +46,8 @@ from training.distributed import (
     leave_processes,
     lost_process,
     process_group_options,
+    set_up_deepspeed,
+    set_up_fsdp,
     warn_of_missing_processes,
     whole_weights,
 )
@@ -274,17 +276,17 @@ def _set_up(config: StageConfig, build: Callable[[StageConfig], StageParts]) -> 
         ],
     )
     warn_of_missing_processes(accelerator.num_processes)
-    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    for name, refused in (
-        ("optimization.ema_decay", sharded and config.optimization.ema_decay is not None),
-        ("tracking.tasks", sharded and config.tracking.tasks),
-        ("selection.keep_best", deepspeed and config.selection.metric and config.selection.keep_best),
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        set_up_deepspeed(accelerator, config.optimization.max_grad_norm)
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    for name, asked in (
+        ("optimization.ema_decay", config.optimization.ema_decay is not None),
+        ("tracking.tasks", config.tracking.tasks),
     ):
-        if refused:
+        if sharded and asked:
             raise ValueError(
-                f"{name} needs the whole model in each process, which {accelerator.distributed_type.value} shards: "
-                "leave it out, or run without sharding."
+                f"{name} needs the whole model in each process, which FSDP shards: leave it out, or run without "
+                "sharding."
             )
     set_seed(config.seed)
     parts = build(config)
@@ -293,6 +295,8 @@ def _set_up(config: StageConfig, build: Callable[[StageConfig], StageParts]) -> 
             f"tracking.tasks runs tasks of the evaluation, which {config.stage} has no model for: leave it empty."
         )
     set_up_model(config, parts.supervision.model)
+    if sharded:
+        set_up_fsdp(accelerator, parts.supervision)
     count, batch_size = len(parts.train_data), config.optimization.batch_size
     if count < batch_size * accelerator.num_processes:
         raise ValueError(

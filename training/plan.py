@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from training.configuration import OptimizationConfig, StageConfig
+from training.distributed import precision_of
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def describe_plan(config: StageConfig, module: nn.Module, items: tuple[int, int]
         items: Numbers of training and validation items.
     """
     options, processes = config.optimization, accelerator.num_processes
-    precision = accelerator.mixed_precision
+    precision = precision_of(accelerator)
     schedule = Schedule.of(options, items[0] // options.batch_size // processes)
     parts = {name: child for name, child in module.model.named_children() if child is not None}
     rows = [(name, _counts(child)) for name, child in parts.items()]
