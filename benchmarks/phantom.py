@@ -301,6 +301,9 @@ def summarise(results: dict[str, dict]) -> str:
     baselines = next((result["baselines"] for result in results.values() if result["baselines"]), None)
     if baselines:
         lines.append(row("trivial baselines", of({"metrics": baselines})))
+    remarks = [f"- {name}: {result['remark']}" for name, result in results.items() if "remark" in result]
+    if remarks:
+        lines += ["", *remarks]
     return "\n".join(lines) + "\n"
 
 

@@ -41,7 +41,7 @@ from tests.test_training import (
     script,
 )
 from training.configuration import load_config
-from training.distributed import process_collectives, process_group_options
+from training.distributed import process_collectives, process_group_options, set_up_deepspeed
 from training.objectives import Collectives, StepTotals, choose_for_generation, image_draws
 from training.objectives.reduction import masked_mean
 from training.steps import share_of_batches
@@ -309,11 +309,20 @@ def test_mixed_precision_and_clipping_are_those_of_one_process(workspace, prepar
 
 
 @pytest.mark.slow
-def test_weights_spread_by_deepspeed_are_refused(workspace, prepared, single):
-    pytest.importorskip("deepspeed", exc_type=ImportError)
-    error = launch(workspace, prepared, 2, "zero-3", (), ("stage1",), ["--deepspeed", "--zero", "3"], dies=True)
-    assert "error: DeepSpeed's ZeRO-3 spreads the weights" in error
-    assert not (workspace / "zero-3" / "stage1").exists()
+@pytest.mark.parametrize(
+    ("launcher", "override", "options", "message"),
+    [
+        ("fsdp", "tracking.tasks=[finding_detection]", [], "tracking.tasks needs the whole model in each process"),
+        ("deepspeed", "tracking.tasks=[]", ["--zero", "3"], "DeepSpeed's ZeRO-3 spreads the weights"),
+    ],
+)
+def test_what_needs_whole_weights_is_refused(workspace, prepared, single, launcher, override, options, message):
+    if launcher == "deepspeed":
+        pytest.importorskip("deepspeed", exc_type=ImportError)
+    name = f"{launcher}-refused"
+    error = launch(workspace, prepared, 2, name, (override,), ("stage1",), [f"--{launcher}", *options], dies=True)
+    assert f"error: {message}" in error
+    assert not (workspace / name / "stage1").exists()
 
 
 @pytest.mark.slow
@@ -366,6 +375,24 @@ def test_accelerate_launches_two_processes_on_cpus(workspace, prepared, single):
 
 
 # --- parts of it
+
+
+def test_the_run_decides_what_deepspeed_does():
+    given = {"zero_optimization": {"stage": 2}, "train_batch_size": "auto", "fp16": {"enabled": "auto"}}
+    given |= {"bf16": {"enabled": True}, "gradient_accumulation_steps": 4, "gradient_clipping": 5.0}
+    for precision, limit in (("bf16", 0.1), ("no", None)):
+        config = json.loads(json.dumps(given))
+        set_up_deepspeed(config, precision, limit)
+        assert config["torch_autocast"]["enabled"] is (precision == "bf16")
+        assert config["bf16"] == config["fp16"] == {"enabled": False}, "weights stay float32"
+        assert (config["gradient_accumulation_steps"], config["gradient_clipping"]) == (1, limit or 0.0)
+        assert config["zero_optimization"] == {"stage": 2} and config["train_batch_size"] == "auto"
+    for stage, precision, message in ((3, "no", "ZeRO-3 spreads the weights"), (2, "fp16", "fp16 is not supported")):
+        config = given | {"zero_optimization": {"stage": stage}}
+        before = dict(config)
+        with pytest.raises(ValueError, match=message):
+            set_up_deepspeed(config, precision, 1.0)
+        assert config == before
 
 
 def test_shares_of_batches():

@@ -88,6 +88,8 @@ def test_table_has_means_of_seeds(benchmark):
     mean = next(row for row in rows if row.startswith("| mean ± std of 2 seeds"))
     assert mean.count("0.550 ± 0.071") == len(benchmark.METRICS) - 1  # one is undefined
     assert "0.85" in next(row for row in rows if row.startswith("| target"))
+    table = benchmark.summarise({"seed-0": result(0.5), "seed-1": result(0.6) | {"remark": "Beside other work."}})
+    assert table.endswith(" |\n\n- seed-1: Beside other work.\n")
 
 
 @pytest.mark.slow

@@ -95,28 +95,31 @@ def process_group_options() -> InitProcessGroupKwargs:
     return InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=minutes))
 
 
-def set_up_deepspeed(accelerator: Accelerator, max_grad_norm: float | None) -> None:
+def set_up_deepspeed(config: dict[str, Any], precision: str, max_grad_norm: float | None) -> None:
     """
-    Makes DeepSpeed train as the other launchers do, whatever its own configuration says: the loop's accumulation and
-    clipping, and mixed precision with float32 weights; its own would round the weights, those that are saved as well.
+    Makes DeepSpeed train as the other launchers do: the loop's accumulation and clipping, and mixed precision with
+    float32 weights; its own would round the weights, those that are saved as well.
+
+    Args:
+        config: DeepSpeed's configuration, changed in place; what it says about all that does not count.
+        precision: "bf16" or "no".
+        max_grad_norm: Where gradients are clipped, None for nowhere.
 
     Raises:
         ValueError: It spreads the weights, or should use float16.
     """
-    config = accelerator.state.deepspeed_plugin.deepspeed_config
     if config["zero_optimization"]["stage"] > 2:
         raise ValueError(
             "DeepSpeed's ZeRO-3 spreads the weights over the processes, and what this run saves would be incomplete: "
             "set zero_stage to 2, or use FSDP."
         )
-    precision = accelerator.mixed_precision
     if precision == "fp16":
         raise ValueError("mixed_precision=fp16 is not supported with DeepSpeed: set it to bf16, no or auto.")
     autocast = {"enabled": precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    accelerator.gradient_accumulation_steps = 1
     config |= {
         "torch_autocast": autocast,
         "bf16": {"enabled": False},
+        "fp16": {"enabled": False},
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm or 0.0,
     }

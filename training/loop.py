@@ -264,9 +264,10 @@ def _set_up(config: StageConfig, build: Callable[[StageConfig], StageParts]) -> 
                 f"tracking.trackers names {name}, which is not installed: run `pip install {name}`, or leave it out."
             )
     AcceleratorState._reset_state()  # one process may run several stages, each in a precision of its own
+    precision = choose_precision(config.mixed_precision)
     accelerator = Accelerator(
         cpu=_on_cpu(),
-        mixed_precision=choose_precision(config.mixed_precision),
+        mixed_precision=precision,
         log_with=list(config.tracking.trackers) or None,
         project_config=ProjectConfiguration(config.output_dir, str(Path(config.output_dir) / "trackers")),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
@@ -277,7 +278,8 @@ def _set_up(config: StageConfig, build: Callable[[StageConfig], StageParts]) -> 
     )
     warn_of_missing_processes(accelerator.num_processes)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        set_up_deepspeed(accelerator, config.optimization.max_grad_norm)
+        options = accelerator.state.deepspeed_plugin.deepspeed_config
+        set_up_deepspeed(options, precision, config.optimization.max_grad_norm)
     sharded = accelerator.distributed_type == DistributedType.FSDP
     for name, asked in (
         ("optimization.ema_decay", config.optimization.ema_decay is not None),
